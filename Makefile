@@ -1,0 +1,38 @@
+# `make course` runs the course, `make test` checks it. Both make the environment first, where it is not there yet.
+# Paths are relative and tools are called as `python -m`, so that a folder with a space in its name will do: a console
+# script's first line cannot hold such a path.
+#
+# Another Python:   make course PYTHON=python3.12
+# Another index:    pip's own settings and variables apply. On Linux, PyTorch's CPU index saves several gigabytes.
+
+PYTHON ?= python3
+
+.PHONY: course test check clean
+
+course: .venv/.installed
+	.venv/bin/python -m slmops_course.cli chapters
+	.venv/bin/python -m slmops_course.cli report
+
+test: .venv/.installed
+	.venv/bin/python -m ruff check .
+	.venv/bin/python -m pytest
+
+# What CI runs.
+check: test
+
+# Throws away what was computed, and keeps the environment.
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache
+	find slmops_course tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Torch goes first and alone: pip then keeps the build that its settings choose.
+.venv/.installed: pyproject.toml constraints.txt | .venv/bin/python
+	.venv/bin/python -m pip install "$$(grep '^torch==' constraints.txt)" -c constraints.txt
+	.venv/bin/python -m pip install -e ".[test]" -c constraints.txt
+	@touch .venv/.installed
+
+.venv/bin/python:
+	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null || { \
+	  echo "$(PYTHON) answers '$$("$(PYTHON)" --version 2>&1)', but the course needs Python 3.11 or 3.12: install one and run, for example, make course PYTHON=python3.11" >&2; \
+	  exit 1; }
+	"$(PYTHON)" -m venv .venv || { rm -rf .venv; exit 1; }
