@@ -1,0 +1,199 @@
+"""LoRA with PEFT, a search for its settings with Optuna, and Olive's own fine-tuning pass for the same job."""
+
+import contextlib
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from slmops_course.chat import load_torch
+from slmops_course.errors import CourseError
+from slmops_course.training import (
+    Row,
+    TrainingError,
+    TrainingSettings,
+    has_fast_bfloat16,
+    make_batch,
+    next_token_loss,
+    train,
+)
+
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class AdapterError(CourseError):
+    """An adapter that cannot be trained on, or attached to, this model."""
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """A low-rank adapter: the weight W becomes W + (alpha / rank) B A.
+
+    Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, https://arxiv.org/abs/2106.09685
+    """
+
+    rank: int = 16  # columns of B, rows of A
+    alpha: int = 32  # the update is scaled by alpha / rank
+    target_modules: tuple[str, ...] = ALL_LINEAR  # the linear layers that get an adapter
+    trained_layers: int | None = None  # only so many layers, counted from the top; None: all
+
+
+def add_lora(model, settings: LoraSettings):
+    """Freeze a model and put adapters into it; returns PEFT's model, whose adapter weights alone learn.
+
+    Raises AdapterError for settings that the model's layers cannot have; the model is then as it was.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    linear = [(name.split(".")[-1], part) for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)]
+    present = {name for name, _ in linear}
+    missing = [name for name in settings.target_modules if name not in present]
+    if missing or not settings.target_modules:
+        raise AdapterError(
+            f"The model has no linear layer named {missing[0] if missing else 'nothing'}: expected some of "
+            f"{', '.join(sorted(present))}; see target_modules."
+        )
+    smallest = min(min(part.weight.shape) for name, part in linear if name in settings.target_modules)
+    if not 0 < settings.rank <= smallest:
+        raise AdapterError(
+            f"The adapter's rank is {settings.rank}: expected 1 to {smallest}, the smallest side of the layers it goes into."
+        )
+    layers = len(model.model.layers)
+    if settings.trained_layers is not None and not 0 < settings.trained_layers <= layers:
+        raise AdapterError(
+            f"trained_layers is {settings.trained_layers}: expected 1 to {layers}, the model's number of layers."
+        )
+    if has_fast_bfloat16():
+        model.to(torch.bfloat16)
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        target_modules=list(settings.target_modules),
+        layers_to_transform=list(range(layers - (settings.trained_layers or layers), layers)),
+        task_type="CAUSAL_LM",
+    )
+    # PEFT keeps adapters in fp32 beside a bfloat16 base and casts at every layer; `train` keeps fp32 masters anyway.
+    with _quiet_peft():
+        return get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+def open_adapter(model, folder: Path, *, name: str):
+    """Put a saved adapter beside a base model and return PEFT's model, with that adapter at work under `name`.
+
+    Raises AdapterError when the folder holds no adapter.
+    """
+    from peft import PeftModel
+
+    if not (folder / "adapter_config.json").is_file():
+        raise AdapterError(
+            f"There is no adapter in {folder}: expected adapter_config.json and its weights; the course keeps one in "
+            "course.lora().path / 'adapter'."
+        )
+    with _quiet_peft():
+        return PeftModel.from_pretrained(model, folder, adapter_name=name)
+
+
+@contextlib.contextmanager
+def _quiet_peft():
+    """PEFT 0.21 asks transformers 5 for an attribute by its old name: a warning that no reader can act on."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        yield
+
+
+def forget_base_folder(adapter: Path) -> None:
+    """Take the base model's folder on this machine out of a saved adapter, so that the same adapter has the same hash."""
+    path = adapter / "adapter_config.json"
+    config = json.loads(path.read_text("utf-8")) | {"base_model_name_or_path": None}
+    path.write_text(json.dumps(config, indent=1, sort_keys=True), "utf-8")
+
+
+def trainable_parameters(model) -> tuple[int, int]:
+    """How many parameters learn, and how many there are."""
+    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, learns in counts if learns), sum(n for n, _ in counts)
+
+
+def linear_shapes(config) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of each linear layer in one block of a Llama-type model, read off its configuration.
+
+    Example: SmolLM2-135M -> {"q_proj": (576, 576), "k_proj": (576, 192), …, "down_proj": (1536, 576)}
+    """
+    hidden, inner = config.hidden_size, config.intermediate_size
+    head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
+    attention = {"q_proj": (hidden, queries), "k_proj": (hidden, keys), "v_proj": (hidden, keys), "o_proj": (queries, hidden)}
+    return attention | {"gate_proj": (hidden, inner), "up_proj": (hidden, inner), "down_proj": (inner, hidden)}
+
+
+def search_lora(
+    folder: Path, rows: Sequence[Row], held_out: Sequence[Row], *, trials: int = 6, rounds: int = 4, seed: int = 0
+):
+    """Let Optuna look for an adapter's rank and learning rate; returns its study, lower loss on `held_out` being better.
+
+    The first three trials are random, the others near what did well. A trial trains in rounds of two epochs and reports
+    the held-out loss after each. One that is behind the median of the earlier trials at the same round is pruned: it
+    ends there, and its time goes to the next one.
+    Source: Akiba et al., "Optuna", 2019, https://arxiv.org/abs/1907.10902
+    """
+    import optuna
+    import torch
+
+    if not held_out:
+        raise TrainingError("There are no held-out rows to compare the trials on: expected some; use the dev split.")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    held_out_batch = make_batch(held_out, range(len(held_out)))
+
+    def objective(trial) -> float:
+        rank = trial.suggest_categorical("rank", [2, 4, 8, 16])
+        rate = trial.suggest_float("learning_rate", 1e-4, 3e-2, log=True)
+        model, _ = load_torch(folder)
+        add_lora(model, LoraSettings(rank=rank, alpha=2 * rank))
+        for number in range(rounds):
+            train(model, rows, TrainingSettings(epochs=2, learning_rate=rate, seed=number))
+            with torch.no_grad():
+                loss = next_token_loss(model, held_out_batch).item()
+            trial.report(loss, number)
+            if trial.should_prune():
+                raise optuna.TrialPruned
+        return loss
+
+    pruner = optuna.pruners.MedianPruner(n_startup_trials=2, n_warmup_steps=0)
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(n_startup_trials=3, seed=seed), pruner=pruner)
+    study.optimize(objective, n_trials=trials)
+    return study
+
+
+def olive_lora_passes(lora: LoraSettings, training: TrainingSettings) -> dict[str, dict]:
+    """The Olive passes that train the same adapter on the data config "rows" and merge it into the model.
+
+    Olive's pass learns from every token of a row, the message's included; ours from the answer's alone.
+    """
+    arguments = {
+        "num_train_epochs": training.epochs,
+        "learning_rate": training.learning_rate,
+        "per_device_train_batch_size": training.batch_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_checkpointing": False,
+        "optim": "adamw_torch",
+        "lr_scheduler_type": "linear",
+        "max_grad_norm": training.max_grad_norm,
+        "seed": training.seed,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+    }
+    tune = {
+        "type": "LoRA",
+        "r": lora.rank,
+        "alpha": lora.alpha,
+        "lora_dropout": 0.0,
+        "target_modules": list(lora.target_modules),
+        "torch_dtype": "bfloat16" if has_fast_bfloat16() else "float32",
+        "device_map": None,
+        "train_data_config": "rows",
+        "training_args": arguments,
+    }
+    return {"tune": tune, "merge": {"type": "MergeAdapterWeights"}}

@@ -1,0 +1,1 @@
+"""What authors use and learners never import: executing the notebooks, translations."""

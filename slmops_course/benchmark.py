@@ -1,0 +1,192 @@
+"""How fast a model answers, and what memory it takes: warm-up, one message at a time, in a process of its own.
+
+    python -m slmops_course.benchmark MODEL.json MESSAGES.json
+
+A model's memory is the growth of its process's resident memory over the same process with the libraries imported and
+no model loaded. So the figure says what the model costs, not what Python and its libraries cost.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from slmops_course.chat import MAX_NEW_TOKENS, ChatModel, Conversation
+from slmops_course.errors import CourseError
+
+WARM_UP = 2
+
+
+class BenchmarkError(CourseError):
+    """A measurement that could not be made."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Medians over the messages, after warm-up."""
+
+    messages: int
+    time_to_first_token_s: float
+    output_tokens_per_s: float  # after the first token
+    latency_s: float  # for one message
+    memory_bytes: int  # the model's own peak, see the module's docstring
+    process_bytes: int  # the whole process's peak
+
+
+def open_model(kind: str, folder: Path, **options) -> ChatModel:
+    """Open a model folder as the ChatModel of a kind: "torch", "genai", "foundry" or "foundry-service"."""
+    if kind == "torch":
+        from slmops_course.chat import TorchChatModel
+
+        return TorchChatModel(folder, **options)
+    if kind == "genai":
+        from slmops_course.serving import GenAIChatModel
+
+        return GenAIChatModel(folder, **options)
+    if kind in ("foundry", "foundry-service"):
+        return _Foundry(kind, folder, **options)
+    raise BenchmarkError(f"There is no kind of model {kind!r}: expected torch, genai, foundry or foundry-service.")
+
+
+class _Foundry(ChatModel):
+    """Foundry Local started, one model in it, and all of it stopped on close."""
+
+    def __init__(self, kind: str, folder: Path, *, schema: Mapping | None = None, data_folder: str | None = None):
+        from slmops_course.serving import FoundryChatModel, FoundryLocal, OpenAIChatModel
+
+        self._scratch = tempfile.TemporaryDirectory()
+        self._foundry = FoundryLocal(Path(data_folder or self._scratch.name)).__enter__()
+        try:
+            model = self._foundry.load(folder)
+            if kind == "foundry":
+                self._chat = FoundryChatModel(model, schema=schema)
+            else:
+                self._chat = OpenAIChatModel(self._foundry.start_service(), model.id, schema=schema)
+        except BaseException:
+            self.close()
+            raise
+        self.name = self._chat.name
+
+    def generate(self, conversations, *, max_new_tokens=MAX_NEW_TOKENS):
+        return self._chat.generate(conversations, max_new_tokens=max_new_tokens)
+
+    def close(self):
+        self._foundry.close()
+        self._scratch.cleanup()
+
+
+def measure_speed(
+    kind: str, folder: Path, conversations: Sequence[Conversation], *, max_new_tokens: int = MAX_NEW_TOKENS, **options
+) -> Speed:
+    """Measure a model folder in a fresh process. Raises BenchmarkError, with its last words, when that fails."""
+    with tempfile.TemporaryDirectory() as scratch:
+        spec = {"kind": kind, "folder": str(folder), "max_new_tokens": max_new_tokens, "options": options}
+        files = Path(scratch) / "model.json", Path(scratch) / "messages.json"
+        for path, value in zip(files, (spec, [list(c) for c in conversations]), strict=True):
+            path.write_text(json.dumps(value), "utf-8")
+        command = [sys.executable, "-m", "slmops_course.benchmark", *map(str, files)]
+        done = subprocess.run(command, capture_output=True, text=True)
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        words = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise BenchmarkError(f"Measuring {folder.name} as {kind} failed ({words}): expected a figure; run it again alone.")
+    return Speed(**json.loads(lines[-1]))
+
+
+def time_replies(model: ChatModel, conversations: Sequence[Conversation], *, max_new_tokens: int = MAX_NEW_TOKENS) -> dict:
+    """Medians of time to first token (s), output tokens per second and latency (s), one message at a time."""
+    for conversation in conversations[:WARM_UP]:
+        model.reply(conversation, max_new_tokens=max_new_tokens)
+    replies = [model.reply(conversation, max_new_tokens=max_new_tokens) for conversation in conversations]
+    rates = [
+        (r.output_tokens - 1) / (r.latency_s - r.time_to_first_token_s)
+        for r in replies
+        if r.output_tokens > 1 and r.latency_s > r.time_to_first_token_s
+    ]
+    return {
+        "messages": len(replies),
+        "time_to_first_token_s": statistics.median(r.time_to_first_token_s for r in replies),
+        "output_tokens_per_s": statistics.median(rates) if rates else 0.0,
+        "latency_s": statistics.median(r.latency_s for r in replies),
+    }
+
+
+class MemoryWatch:
+    """Samples the resident memory of this process, and if asked that of all its children together, until stopped.
+
+    Example:
+        with MemoryWatch() as watch: …
+        watch.peak_bytes
+    """
+
+    def __init__(self, *, children: bool = False, interval_s: float = 0.02):
+        import psutil
+
+        self._process, self._children, self._interval_s = psutil.Process(), children, interval_s
+        self._stop = threading.Event()
+        self.peak_bytes = self.peak_children_bytes = 0
+        self._sample()
+
+    def _sample(self) -> None:
+        import psutil
+
+        self.peak_bytes = max(self.peak_bytes, self._process.memory_info().rss)
+        if self._children:
+            total = 0
+            for child in self._process.children(recursive=True):
+                try:
+                    total += child.memory_info().rss
+                except psutil.NoSuchProcess:
+                    continue
+            self.peak_children_bytes = max(self.peak_children_bytes, total)
+
+    def _watch(self):
+        while not self._stop.wait(self._interval_s):
+            self._sample()
+
+    def __enter__(self):
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error):
+        self._stop.set()
+        self._thread.join()
+        self._sample()
+
+
+def main(model_path: str, messages_path: str) -> None:
+    """Measure one model in this process and print a line of JSON."""
+    spec = json.loads(Path(model_path).read_text("utf-8"))
+    conversations = json.loads(Path(messages_path).read_text("utf-8"))
+    _import_libraries(spec["kind"])
+    watch = MemoryWatch()
+    before = watch.peak_bytes
+    with watch, open_model(spec["kind"], Path(spec["folder"]), **spec["options"]) as model:
+        times = time_replies(model, conversations, max_new_tokens=spec["max_new_tokens"])
+    print(json.dumps(asdict(Speed(**times, memory_bytes=watch.peak_bytes - before, process_bytes=watch.peak_bytes))))
+
+
+def _import_libraries(kind: str) -> None:
+    """Import what a kind needs, so that its memory is not counted as the model's."""
+    if kind == "torch":
+        import torch
+
+        torch.ones(8, 8) @ torch.ones(8, 8)
+    else:
+        import numpy
+        import onnxruntime_genai  # noqa: F401
+
+        numpy.ones(1)
+    if kind.startswith("foundry"):
+        import foundry_local_sdk  # noqa: F401
+        import openai  # noqa: F401
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,128 @@
+"""The command line: `slmops doctor | run | chapters | report | serve`."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from slmops_course import __version__
+from slmops_course.errors import CourseError
+
+BUILD = Path("build")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands. It imports nothing heavy, so that `--help` answers at once."""
+    parser = argparse.ArgumentParser(prog="slmops", description="Small Language Model Operations, hands on.")
+    parser.add_argument("--version", action="version", version=f"slmops {__version__}")
+    parser.add_argument("--build", type=Path, default=BUILD, help="folder for artifacts and reports (default: build)")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    doctor = commands.add_parser("doctor", help="look at this machine and say what to do about what is missing")
+    doctor.set_defaults(run=_doctor)
+
+    run = commands.add_parser("run", help="take a task through the whole path and print the scoreboard")
+    _add_course_options(run)
+    run.set_defaults(run=_run)
+
+    chapters = commands.add_parser("chapters", help="execute the notebooks from clean kernels")
+    chapters.add_argument("names", nargs="*", metavar="CHAPTER", help="such as 02_distillation (default: all four)")
+    chapters.add_argument(
+        "-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
+        help="set a parameter of the notebooks' parameters cell",
+    )  # fmt: skip
+    chapters.add_argument("--save", action="store_true", help="write the outputs into notebooks/ (for authors)")
+    chapters.set_defaults(run=_chapters)
+
+    report = commands.add_parser("report", help="print the scoreboard and write build/report.html")
+    _add_course_options(report)
+    report.set_defaults(run=_report)
+
+    serve = commands.add_parser("serve", help="serve the course's model with Foundry Local, on loopback, until Ctrl-C")
+    _add_course_options(serve)
+    serve.add_argument("--port", type=int, default=0, help="loopback port (default: any free one)")
+    serve.set_defaults(run=_serve)
+    return parser
+
+
+def _add_course_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--task", default="support_desk", help="a task folder, a folder of CSV files, or hub:OWNER/NAME")
+    parser.add_argument("--model", default="smollm2-135m", help="smollm2-135m, a hub id, or a folder")
+    parser.add_argument("--profile", default="fast", help="fast (default) or full")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns the exit code. Errors a user can mend are one sentence and code 1."""
+    options = make_parser().parse_args(arguments)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("slmops_course").setLevel(logging.INFO)
+    try:
+        return options.run(options) or 0
+    except CourseError as error:
+        print(f"slmops: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("slmops: stopped; finished steps are kept: run the same command again to go on.", file=sys.stderr)
+        return 130
+
+
+def _course(options):
+    from slmops_course.pipeline import open_course
+
+    course = open_course(options.build / "artifacts", task=options.task, model=options.model, profile=options.profile)
+    for rejected in course.task.rejected:
+        print(f"not used: {rejected.where}: {rejected.reason}", file=sys.stderr)
+    return course
+
+
+def _doctor(options) -> int:
+    from slmops_course.doctor import diagnose, format_findings
+
+    findings = diagnose()
+    print(format_findings(findings))
+    return int(any(finding.status == "problem" for finding in findings))
+
+
+def _run(options) -> None:
+    from slmops_course.report import format_scoreboard, write_report
+
+    course = _course(options)
+    rows = []
+    for name in course.contenders():
+        rows += course.scoreboard([name])
+        print(format_scoreboard(rows[-1:], header=len(rows) == 1), flush=True)
+    print(f"\n{write_report(options.build, course, rows)}")
+
+
+def _chapters(options) -> None:
+    from slmops_course.authoring.execute import execute_chapters
+
+    execute_chapters(options.names, options.build, parameters=dict(options.parameters), save=options.save)
+
+
+def _report(options) -> None:
+    from slmops_course.report import format_scoreboard, write_report
+
+    course = _course(options)
+    rows = course.scoreboard()
+    print(format_scoreboard(rows))
+    print(f"\n{write_report(options.build, course, rows)}")
+
+
+def _serve(options) -> None:
+    import threading
+
+    from slmops_course.serving import SERVED_ALIAS, FoundryLocal, check_port_free
+
+    if options.port:
+        check_port_free(options.port)
+    course = _course(options)
+    folder = course.onnx(course.served_recipe).path
+    with FoundryLocal(options.build / "foundry", port=options.port) as foundry:
+        model = foundry.load(folder, SERVED_ALIAS)
+        print(f"{model.id} answers at {foundry.start_service()}/chat/completions; Ctrl-C stops it.", flush=True)
+        threading.Event().wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

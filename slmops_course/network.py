@@ -1,0 +1,136 @@
+"""Which network addresses a piece of code turns to, so that "nothing leaves the device" can be checked.
+
+Two observers work together. Python's audit events name every connection, datagram and name look-up that Python code
+attempts, also one that fails. Reading the operating system's table of this process's connections, many times a
+second, finds what native code opens, which raises no audit event.
+
+Neither sees other processes, or a native datagram or connection that is over between two readings. Where that matters,
+take the network away instead: a firewall rule for the process, or a network namespace (`unshare --net` on Linux).
+"""
+
+import ipaddress
+import socket
+import sys
+import threading
+import weakref
+
+_logs: "weakref.WeakSet[ConnectionLog]" = weakref.WeakSet()  # the logs that are open now
+_hook_added = False
+
+
+class ConnectionLog:
+    """Records the addresses this process turns to, from entering the block to leaving it.
+
+    Example:
+        with ConnectionLog() as log:
+            reply = model.reply(conversation)
+        log.remote      # [] if nothing left this machine, else such as ["192.0.2.1:443", "example.org:443"]
+
+    Connections that were open before the block, such as a notebook's to its kernel, are in `open_before` and not
+    counted again.
+    Source: Python's table of audit events, https://docs.python.org/3/library/audit_events.html
+    """
+
+    def __init__(self, *, interval_s: float = 0.02):
+        self.interval_s = interval_s
+        self.open_before: list[str] = []
+        self._found: dict[str, bool] = {}  # address -> whether it is remote, in the order of appearance
+        self._stop = threading.Event()
+
+    @property
+    def all(self) -> list[str]:
+        """Every address, this machine's own included."""
+        return list(self._found)
+
+    @property
+    def remote(self) -> list[str]:
+        """The addresses that are not loopback: what leaves this machine."""
+        return [address for address, remote in self._found.items() if remote]
+
+    def __enter__(self) -> "ConnectionLog":
+        import psutil
+
+        _add_hook()
+        self._process = psutil.Process()
+        self.open_before = [name for name, _ in self._open_connections()]
+        _logs.add(self)
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error):
+        self._stop.set()
+        self._thread.join()
+        self._read_table()
+        _logs.discard(self)
+
+    def record(self, host: str, port: int | None) -> None:
+        """Note an address that was turned to."""
+        self._found.setdefault(address_text(host, port), not is_loopback(host))
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self.interval_s):
+            self._read_table()
+
+    def _read_table(self) -> None:
+        for name, (host, port) in self._open_connections():
+            if name not in self.open_before:
+                self.record(host, port)
+
+    def _open_connections(self) -> list[tuple[str, tuple[str, int]]]:
+        connections = self._process.net_connections(kind="inet")
+        return [(address_text(c.raddr.ip, c.raddr.port), (c.raddr.ip, c.raddr.port)) for c in connections if c.raddr]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address means this machine. A name that would have to be looked up does not.
+
+    Example: "127.0.0.1" -> True, "::1" -> True, "localhost" -> True, "192.0.2.1" -> False, "example.org" -> False
+    """
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return host in ("", "localhost") or host.endswith(".localhost")
+    address = getattr(address, "ipv4_mapped", None) or address
+    return address.is_loopback or address.is_unspecified
+
+
+def address_text(host: str, port: int | None) -> str:
+    """Host and port as one text. Example: ("::1", 80) -> "[::1]:80"; ("example.org", None) -> "example.org"."""
+    shown = f"[{host}]" if ":" in host else host
+    return shown if port is None else f"{shown}:{port}"
+
+
+def _add_hook() -> None:
+    """Add the one audit hook of this process. It cannot be taken away again, so it serves every log there will be."""
+    global _hook_added
+    if not _hook_added:
+        sys.addaudithook(_audit)
+        _hook_added = True
+
+
+def _audit(event: str, args: tuple) -> None:
+    if not event.startswith("socket.") or not _logs:
+        return
+    target = _target(event, args)
+    if target is not None:
+        for log in list(_logs):
+            log.record(*target)
+
+
+def _target(event: str, args: tuple) -> tuple[str, int | None] | None:
+    """Host and port that an audit event is about, or None for one that turns to nobody."""
+    if event in ("socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr"):
+        host, port = args[0], args[1] if event == "socket.getaddrinfo" else None
+        return _text(host), port if isinstance(port, int) else None
+    if event in ("socket.connect", "socket.sendto", "socket.sendmsg"):
+        used, address = args
+        # Sockets of other families, such as Unix domain sockets, do not leave the machine.
+        if used.family in (socket.AF_INET, socket.AF_INET6) and isinstance(address, tuple):
+            return _text(address[0]), address[1]
+    return None
+
+
+def _text(host) -> str:
+    """A host as text: Python's socket functions also take bytes, and None for this machine."""
+    return host.decode("ascii", "replace") if isinstance(host, bytes | bytearray) else str(host or "")

@@ -1,0 +1,125 @@
+"""Running Microsoft Olive: what all of its configurations share, and the process it runs in."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from slmops_course.errors import CourseError
+from slmops_course.models import check_model_folder
+from slmops_course.tasks import Example, Task
+
+
+class OliveError(CourseError):
+    """Olive could not carry out a configuration."""
+
+
+def olive_config(*, model: Path, output: Path, passes: Mapping, rows: Path | None = None, max_tokens: int = 192) -> dict:
+    """A configuration as `olive run --config` takes it; its passes run in the mapping's order, on this CPU.
+
+    `rows` is a file of JSON lines with a `text` each; passes refer to it as the data config "rows".
+    """
+    place = {"device": "cpu", "execution_providers": ["CPUExecutionProvider"]}
+    config = {
+        "input_model": {"type": "HfModel", "model_path": str(model)},
+        "systems": {"here": {"type": "LocalSystem", "accelerators": [place]}},
+        "host": "here",
+        "target": "here",
+        "passes": dict(passes),
+        "output_dir": str(output),
+        "cache_dir": str(output.parent / "olive-cache"),
+        "evaluate_input_model": False,
+        "log_severity_level": 2,
+    }
+    if rows is not None:
+        config["data_configs"] = [
+            {
+                "name": "rows",
+                "type": "HuggingfaceContainer",
+                "load_dataset_config": {"data_name": "json", "data_files": str(rows), "split": "train"},
+                "pre_process_data_config": {
+                    "text_cols": ["text"], "strategy": "line-by-line", "max_seq_len": max_tokens, "pad_to_max_len": False,
+                },
+            }
+        ]  # fmt: skip
+    return config
+
+
+def write_conversations(path: Path, task: Task, examples: Sequence[Example], tokenizer) -> Path:
+    """Write labelled messages as the JSON lines that Olive reads: whole conversations, answers included, as text."""
+    with open(path, "w", encoding="utf-8") as file:
+        for example in examples:
+            turns = [*task.messages(example.text), {"role": "assistant", "content": task.target(example.answer)}]
+            file.write(json.dumps({"text": tokenizer.apply_chat_template(turns, tokenize=False)}) + "\n")
+    return path
+
+
+def run_olive(config: Mapping, work: Path) -> None:
+    """Run `olive run` on a configuration, in a process of its own, without telemetry and without a hub."""
+    path = work / "config.json"
+    path.write_text(json.dumps(config, indent=1), "utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "olive", "run", "--config", str(path)],
+        capture_output=True, text=True, env=_environment(work), cwd=work,
+    )  # fmt: skip
+    (work / "olive.log").write_text(done.stdout + done.stderr, "utf-8")
+    if done.returncode:
+        lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        raise OliveError(
+            f"Olive ended with code {done.returncode} ({lines[-1] if lines else 'no output'}): expected it to finish; "
+            "run `slmops doctor` to see whether a version disagrees with the pins."
+        )
+
+
+def plan_of_optimize(model: Path, *, precision: str = "int4") -> dict:
+    """What the one command `olive optimize` would do with a model, as the configuration it writes. Nothing is run.
+
+    Raises ModelError for a folder that holds no model, and OliveError when the command ends without a configuration.
+    """
+    check_model_folder(model)
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(scratch)
+        command = [sys.executable, "-m", "olive", "optimize", "-m", str(model.resolve()), "--precision", precision]
+        command += ["-o", str(work), "--dry_run", "--save_config_file", "--disable_telemetry"]
+        done = subprocess.run(command, capture_output=True, text=True, env=_environment(work), cwd=work)
+        if done.returncode or not (work / "config.json").is_file():
+            raise OliveError(
+                f"`olive optimize --dry_run` ended with code {done.returncode} and wrote no configuration: expected one; "
+                "run `slmops doctor` to see whether a version disagrees with the pins."
+            )
+        return portable(json.loads((work / "config.json").read_text("utf-8")), WORK=work, MODEL=model)
+
+
+def _environment(work: Path) -> dict[str, str]:
+    """The environment Olive runs in: no telemetry, no hub, no progress bars."""
+    return {
+        **os.environ, "OLIVE_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(work / "datasets"),
+        "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false",
+    }  # fmt: skip
+
+
+def portable(config: Mapping, **folders: Path) -> dict:
+    """The configuration with folders of this machine replaced by names, for keeping beside a result."""
+    text = json.dumps(config)
+    for name, folder in folders.items():
+        text = text.replace(str(folder.resolve()), name)
+    return json.loads(text)
+
+
+def collect(work: Path, folder: Path, *, marker: str, config: Mapping, model: Path, names: Sequence[str] = ("*",)) -> None:
+    """Move what Olive made out of its work folder: the folder that holds `marker`, those files that match `names`.
+
+    The configuration is kept beside them as `olive.json`, and the work folder is deleted.
+    Raises OliveError when Olive left no such folder.
+    """
+    built = next((path.parent for path in sorted((work / "out").rglob(marker))), None)
+    if built is None:
+        raise OliveError(f"Olive ended without a model: expected {marker} in its output; run the same command again.")
+    for path in {path for name in names for path in built.glob(name) if path.is_file()}:
+        shutil.move(path, folder / path.name)
+    (folder / "olive.json").write_text(json.dumps(portable(config, WORK=work, MODEL=model), indent=1), "utf-8")
+    shutil.rmtree(work)

@@ -1,0 +1,381 @@
+"""The whole path, step by step: each method of `Course` is one step and returns its artifact.
+
+Notebooks, `slmops run` and the tests all call these steps, so that a chapter finds what its predecessor made, or makes
+it itself.
+"""
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from slmops_course import adapters, benchmark, evaluation, models, olive, optimize, students, tasks, teachers, training
+from slmops_course.artifacts import Artifact, Store
+from slmops_course.chat import TorchChatModel, load_torch
+from slmops_course.errors import CourseError
+from slmops_course.models import DEFAULT_MODEL
+from slmops_course.tasks import Task
+from slmops_course.training import TrainingSettings
+
+STUDENTS = ("alone", "sequence", "logit")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How long and on how much the path trains and measures."""
+
+    teacher: TrainingSettings
+    student: TrainingSettings
+    student_layers: int
+    temperature: float  # of logit distillation
+    label_share: float  # the share of plain cross-entropy in the logit student's loss
+    lora: adapters.LoraSettings
+    lora_training: TrainingSettings
+    olive_rows: int  # rows that Olive's own fine-tuning pass trains on
+    unlabelled: int | None  # unlabelled messages the teacher labels; None: all
+    test_messages: int | None  # test messages every model is scored on; None: all
+    base_messages: int  # test messages the untuned base model is scored on, with its long prompt
+    speed_messages: int
+
+
+PROFILES = {
+    "fast": Profile(
+        teacher=TrainingSettings(epochs=2, learning_rate=3e-4, trained_layers=15),
+        student=TrainingSettings(epochs=1.5, learning_rate=8e-4),
+        student_layers=8,
+        temperature=2.0,
+        label_share=0.3,
+        lora=adapters.LoraSettings(trained_layers=15),
+        lora_training=TrainingSettings(epochs=1, learning_rate=1e-3),
+        olive_rows=128,
+        unlabelled=1134,
+        test_messages=None,
+        base_messages=52,
+        speed_messages=8,
+    ),
+}
+PROFILES["full"] = replace(
+    PROFILES["fast"],
+    teacher=TrainingSettings(epochs=4, learning_rate=2e-4, trained_layers=24),
+    student=TrainingSettings(epochs=8, learning_rate=8e-4),
+    lora=adapters.LoraSettings(),
+    lora_training=TrainingSettings(epochs=3, learning_rate=1e-3),
+    olive_rows=1024,
+    unlabelled=None,
+    base_messages=516,
+    speed_messages=50,
+)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A stage's result as the scoreboard sees it: a folder, and how to open it as a ChatModel."""
+
+    name: str
+    artifact: Artifact
+    kind: str  # see benchmark.open_model
+    options: dict
+    shots: int | None = None  # None: a tuned model's short prompt; else instructions and this many examples
+
+
+class Course:
+    """One task, one base model, one profile, one store of artifacts.
+
+    Example: `Course(Store("build/artifacts")).teacher()`
+    """
+
+    def __init__(self, store: Store, task: Task | None = None, *, profile: str = "fast", model: str = DEFAULT_MODEL):
+        if profile not in PROFILES:
+            raise CourseError(f"There is no profile {profile!r}: expected one of {', '.join(PROFILES)}.")
+        self.store, self.model_name, self.profile_name = store, model, profile
+        self.task = task or tasks.load_task()
+        self.profile = PROFILES[profile]
+
+    def base(self) -> Artifact:
+        """The base model, as a Hugging Face folder."""
+        return models.get_model(self.store, self.model_name)
+
+    def teacher(self) -> Artifact:
+        """The base model, fine-tuned on the labelled messages."""
+        return self._train(
+            "teacher", self.base(), self.task.splits["train"], self.profile.teacher, freeze=training.freeze_below
+        )
+
+    def labels(self) -> Artifact:
+        """The unlabelled messages, as the teacher labels them."""
+        teacher, messages = self.teacher(), self.task.splits["unlabelled"][: self.profile.unlabelled]
+        dtype = training.fast_dtype()
+
+        def write(folder: Path):
+            with TorchChatModel(teacher.path, dtype=dtype) as chat:
+                teachers.save_labelled(teachers.label_messages(messages, chat, self.task), folder)
+
+        return self._build(
+            "labels", {"messages": len(messages), "dtype": dtype}, {"teacher": teacher, **tasks.task_inputs(self.task)},
+            write, teachers.label_messages,
+        )  # fmt: skip
+
+    def student(self, kind: str) -> Artifact:
+        """A student cut out of the teacher and trained: "alone", on "sequence"-level labels, or on "logit"s as well."""
+        teacher = self.teacher()
+        own, labelled = self.task.splits["train"], ()
+        if kind != "alone":
+            labelled = teachers.load_labelled(self.labels().path).kept
+        rows_total = len(own) + len(self.task.splits["unlabelled"][: self.profile.unlabelled])
+        # The student without a teacher gets as many steps as the others, on its fewer rows.
+        epochs = self.profile.student.epochs * rows_total / (len(own) + len(labelled))
+        settings = replace(self.profile.student, epochs=epochs)
+        source = self.base() if kind == "alone" else teacher
+        return self._train(
+            f"student-{kind}", source, (*own, *labelled), settings, freeze=training.freeze_below,
+            cut=self.profile.student_layers, soft=teacher if kind == "logit" else None,
+        )  # fmt: skip
+
+    def lora(self) -> Artifact:
+        """The base model with a LoRA adapter trained by PEFT, merged; the adapter alone is in `adapter/`."""
+        return self._train(
+            "lora", self.base(), self.task.splits["train"], self.profile.lora_training, lora=self.profile.lora
+        )
+
+    def olive_lora(self) -> Artifact:
+        """The same job done by Olive's own fine-tuning pass, on the profile's number of rows."""
+        base, lora = self.base(), self.profile.lora
+        examples = self.task.splits["train"][: self.profile.olive_rows]
+        settings = replace(self.profile.lora_training, epochs=1)
+
+        def write(folder: Path):
+            from transformers import AutoTokenizer
+
+            work = (folder / "work").resolve()
+            work.mkdir()
+            rows = olive.write_conversations(
+                work / "rows.jsonl", self.task, examples, AutoTokenizer.from_pretrained(base.path)
+            )
+            config = olive.olive_config(
+                model=base.path.resolve(), output=work / "out", passes=adapters.olive_lora_passes(lora, settings), rows=rows
+            )
+            olive.run_olive(config, work)
+            olive.collect(work, folder, marker="config.json", config=config, model=base.path)
+
+        return self._build(
+            "olive-lora", {"lora": asdict(lora), "training": asdict(settings), "rows": len(examples)},
+            {"base": base, **tasks.task_inputs(self.task)}, write, adapters.olive_lora_passes, olive.olive_config,
+        )  # fmt: skip
+
+    def best_student(self) -> Artifact:
+        """The student that goes on to be optimized and served: the one taught by the teacher's distribution."""
+        return self.student("logit")
+
+    def onnx(self, recipe: str) -> Artifact:
+        """The best student as an ONNX model, by one of Olive's recipes."""
+        optimize.recipe_passes(recipe)
+        student = self.best_student()
+        return self._build(
+            f"onnx-{recipe}", {"recipe": recipe}, {"model": student, **tasks.task_inputs(self.task)},
+            lambda folder: optimize.optimize(recipe, model=student.path, task=self.task, folder=folder),
+            optimize.optimize, optimize.recipe_passes, olive.olive_config,
+        )  # fmt: skip
+
+    def contenders(self) -> dict[str, Callable[[], Contender]]:
+        """Every stage's result by name, made when it is called for."""
+        schema = {"schema": dict(self.task.schema)}
+        table: dict[str, Callable[[], Contender]] = {
+            "base zero-shot": lambda: Contender("base zero-shot", self.base(), "torch", {}, 0),
+            "base few-shot": lambda: Contender("base few-shot", self.base(), "torch", {}, 4),
+            "teacher": lambda: Contender("teacher", self.teacher(), "torch", {}),
+            "lora": lambda: Contender("lora", self.lora(), "torch", {}),
+            "olive lora": lambda: Contender("olive lora", self.olive_lora(), "torch", {}),
+        }
+        for kind in STUDENTS:
+            name = f"student {kind}"
+            table[name] = lambda name=name, kind=kind: Contender(name, self.student(kind), "torch", {})
+        for recipe in optimize.RECIPES:
+            name = f"student {recipe}"
+            table[name] = lambda name=name, recipe=recipe: Contender(name, self.onnx(recipe), "genai", {})
+        for kind, name in (("foundry", "foundry in process"), ("foundry-service", "foundry service")):
+            table[name] = lambda name=name, kind=kind: Contender(name, self.onnx(self.served_recipe), kind, schema)
+        return table
+
+    served_recipe = "int4-gptq"
+
+    def outcomes(self, name: str) -> list[evaluation.Outcome]:
+        """What a contender made of the test messages."""
+        return evaluation.outcomes_from_json((self.outcomes_artifact(name).path / "outcomes.jsonl").read_text("utf-8"))
+
+    def outcomes_artifact(self, name: str) -> Artifact:
+        """The test messages with a contender's replies, as an artifact."""
+        contender = self._contender(name)
+        examples = self.task.splits["test"][: self.profile.test_messages]
+        if contender.shots is not None:
+            examples = examples[: self.profile.base_messages]
+        options = dict(contender.options)
+        if contender.kind == "torch":
+            # Scores are taken in the quickest format; speed and memory in fp32, see `speed`.
+            options["dtype"] = training.fast_dtype()
+
+        def write(folder: Path):
+            asks = [self._conversation(contender, example.text) for example in examples]
+            with benchmark.open_model(contender.kind, contender.artifact.path, **options) as chat:
+                replies = [reply.text for reply in chat.generate(asks)]
+            judged = evaluation.judge(self.task, examples, replies)
+            (folder / "outcomes.jsonl").write_text(evaluation.outcomes_to_json(judged), "utf-8")
+
+        settings = {"kind": contender.kind, "shots": contender.shots, "messages": len(examples), "options": options}
+        return self._build(
+            f"outcomes-{_slug(name)}", settings, {"model": contender.artifact, **tasks.task_inputs(self.task)}, write,
+            evaluation.judge,
+        )  # fmt: skip
+
+    def speed(self, name: str) -> benchmark.Speed:
+        """A contender's speed and memory: PyTorch models in fp32, one message at a time, in a process of its own."""
+        contender = self._contender(name)
+        examples = self.task.splits["dev"][: self.profile.speed_messages]
+
+        def write(folder: Path):
+            asks = [self._conversation(contender, example.text) for example in examples]
+            speed = benchmark.measure_speed(contender.kind, contender.artifact.path, asks, **contender.options)
+            (folder / "speed.json").write_text(json.dumps(asdict(speed)), "utf-8")
+
+        settings = {"kind": contender.kind, "shots": contender.shots, "messages": len(examples)}
+        artifact = self._build(
+            f"speed-{_slug(name)}", settings, {"model": contender.artifact, **tasks.task_inputs(self.task)}, write,
+            benchmark.time_replies, benchmark.MemoryWatch,
+        )  # fmt: skip
+        return benchmark.Speed(**artifact.json("speed.json"))
+
+    def scoreboard(self, names: Sequence[str] | None = None) -> list[dict]:
+        """One row a contender: scores with intervals, size, memory and speed. Size and memory are in bytes."""
+        rows = []
+        for name in names or self.contenders():
+            outcomes, speed = self.outcomes(name), self.speed(name)
+            scores = evaluation.score_outcomes(self.task, outcomes)
+            rows.append(
+                {
+                    "name": name,
+                    "messages": len(outcomes),
+                    "scores": {key: asdict(score) for key, score in scores.items()},
+                    "size_bytes": optimize.model_bytes(self._contender(name).artifact.path),
+                    **{k: v for k, v in asdict(speed).items() if k != "messages"},
+                }
+            )
+        return rows
+
+    def _contender(self, name: str) -> Contender:
+        table = self.contenders()
+        if name not in table:
+            raise CourseError(f"There is no model {name!r} on the scoreboard: expected one of {', '.join(table)}.")
+        return table[name]()
+
+    def _conversation(self, contender: Contender, text: str):
+        if contender.shots is None:
+            return self.task.messages(text)
+        return self.task.instructed_messages(text, few_shots(self.task, contender.shots))
+
+    def _build(self, stage: str, settings: dict, inputs: dict, write, *code) -> Artifact:
+        return self.store.build(
+            stage, settings={"profile": self.profile_name, **settings}, inputs=inputs, write=write, code=code
+        )
+
+    def _train(
+        self, stage: str, source: Artifact, examples, settings: TrainingSettings, *, freeze=None, cut=None, soft=None,
+        lora=None,
+    ) -> Artifact:  # fmt: skip
+        profile = self.profile
+
+        def write(folder: Path):
+            measured = train_model(
+                folder, source=source.path, task=self.task, examples=examples, settings=settings, freeze=freeze, cut=cut,
+                soft=(soft.path, profile.temperature, profile.label_share) if soft else None, lora=lora,
+            )  # fmt: skip
+            if lora:
+                adapters.forget_base_folder(folder / "adapter")
+            return measured
+
+        recipe = {"training": asdict(settings), "examples": len(examples), "cut": cut}
+        inputs = {"source": source, **tasks.task_inputs(self.task)}
+        if stage in ("student-sequence", "student-logit"):
+            inputs["labels"] = self.labels()
+        if soft:
+            inputs["teacher"] = soft
+            recipe |= {"temperature": profile.temperature, "label_share": profile.label_share}
+        if lora:
+            recipe["lora"] = asdict(lora)
+        return self._build(
+            stage, recipe, inputs, write, train_model, training.train, training.next_token_loss, training.answer_states,
+            training.distillation_loss, students.cut_student, students.kept_layers, adapters.add_lora,
+        )  # fmt: skip
+
+
+def open_course(
+    artifacts: Path | str, *, task: str = tasks.BUNDLED_TASK, model: str = DEFAULT_MODEL, profile: str = "fast"
+) -> Course:
+    """A course from a chapter's parameters. Rows of the task that cannot be used are in its `task.rejected`.
+
+    Progress bars are switched off, and so is the warning that a notebook has no widgets to draw them with.
+    """
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    warnings.filterwarnings("ignore", message="IProgress not found")
+    store = Store(artifacts)
+    return Course(store, tasks.load_task(task, store=store), profile=profile, model=model)
+
+
+def train_model(folder: Path, *, source: Path, task: Task, examples, settings, freeze, cut, soft, lora) -> dict:
+    """Load a model, cut it if asked, train it on the examples and save it with its history; returns measurements."""
+    model, tokenizer = load_torch(source, dtype=training.fast_dtype())
+    rows = training.encode_rows(tokenizer, task, examples)
+    loss = training.next_token_loss
+    if soft:
+        teacher_folder, temperature, label_share = soft
+        states, head = teacher_states(teacher_folder, rows)
+        loss = training.distillation_loss(states, head, temperature=temperature, label_share=label_share)
+    if cut:
+        model = students.cut_student(model, students.kept_layers(len(model.model.layers), cut))
+    tuned = adapters.add_lora(model, lora) if lora else None
+    if tuned is None:
+        freeze(model, settings.trained_layers)
+    learns, total = adapters.trainable_parameters(model)
+    with benchmark.MemoryWatch() as watch:
+        history = training.train(model, rows, settings, loss=loss)
+    (folder / "history.json").write_text(json.dumps(history), "utf-8")
+    if tuned is not None:
+        tuned.save_pretrained(folder / "adapter")
+        model = tuned.merge_and_unload()
+    students.save_model(model, tokenizer, folder)
+    return {
+        "trained_parameters": learns,
+        "parameters": total,
+        "tokens": sum(step["tokens"] for step in history),
+        "peak_process_bytes": watch.peak_bytes,
+    }
+
+
+def teacher_states(folder: Path, rows: Sequence[training.Row]):
+    """The teacher's final hidden states where each row's answer is predicted, and its head; see `distillation_loss`."""
+    import torch
+
+    teacher, _ = load_torch(folder, dtype=training.fast_dtype())
+    teacher.requires_grad_(False)
+    states: list = [None] * len(rows)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+    with torch.inference_mode():
+        for start in range(0, len(order), 32):
+            indexes = order[start : start + 32]
+            batch = training.make_batch(rows, indexes)
+            sizes = [len(rows[i].ids) - rows[i].answer_start for i in indexes]
+            for index, state in zip(indexes, training.answer_states(teacher, batch).split(sizes), strict=True):
+                states[index] = state.clone()
+    return states, teacher.lm_head.weight.detach().clone()
+
+
+def few_shots(task: Task, count: int) -> list[tasks.Example]:
+    """The first training examples with different labels: the same for every message."""
+    chosen: dict[str, tasks.Example] = {}
+    for example in task.splits["train"]:
+        chosen.setdefault(example.answer[task.label_field], example)
+    return list(chosen.values())[:count]
+
+
+def _slug(name: str) -> str:
+    return name.replace(" ", "-")

@@ -1,0 +1,301 @@
+"""One training loop for supervised, distillation and adapter training.
+
+What makes it quick on a CPU: rows of like length share a batch padded to a multiple of 8 (oneDNN builds a kernel for
+every shape it meets); the vocabulary projection runs only where an answer token is predicted; layers below the first
+trained one run without gradients; matrix products run in bfloat16 where the CPU has units for it, while the
+optimizer works on fp32 masters.
+"""
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from slmops_course.chat import prompt_ids
+from slmops_course.errors import CourseError
+from slmops_course.tasks import Example, Task
+
+PAD_TO = 8  # rows of a batch are padded to a multiple of so many tokens
+MICRO_BATCH_TOKENS = 640  # the most tokens that go through the model at once: activations dominate the memory
+
+
+class TrainingError(CourseError):
+    """Settings or rows with which training cannot work."""
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How to train."""
+
+    epochs: float = 3  # passes over the rows
+    learning_rate: float = 3e-4  # the peak, after warm-up; falls linearly to zero
+    batch_size: int = 16  # rows a step
+    warmup_share: float = 0.1  # of all steps
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0  # gradients are scaled down to this length
+    trained_layers: int | None = None  # only so many layers, counted from the top, learn; None: all
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training row: prompt and answer as token ids, and where the answer begins.
+
+    Example: ids=[1, 9690, …, 29562, …, 2], answer_start=31.
+    """
+
+    ids: list[int]
+    answer_start: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows padded to one length. Shapes: ids (rows, length); positions and targets (answer tokens,).
+
+    `positions` index the flattened ids where the next token is an answer token, and `targets` are those tokens.
+    `indexes` say which rows of the training set these are.
+    """
+
+    ids: "torch.Tensor"  # noqa: F821
+    positions: "torch.Tensor"  # noqa: F821
+    targets: "torch.Tensor"  # noqa: F821
+    indexes: list[int]
+
+
+def encode_rows(tokenizer, task: Task, examples: Sequence[Example]) -> list[Row]:
+    """Turn labelled messages into training rows: the prompt, the answer as compact JSON, the end token.
+
+    Raises TrainingError for a message that nobody has labelled.
+    """
+    rows = []
+    for example in examples:
+        if example.answer is None:
+            raise TrainingError(f"The message {example.id} has no answer: expected labelled messages; label or drop it.")
+        prompt = prompt_ids(tokenizer, task.messages(example.text))
+        answer = tokenizer(task.target(example.answer), add_special_tokens=False)["input_ids"]
+        rows.append(Row([*prompt, *answer, tokenizer.eos_token_id], len(prompt)))
+    return rows
+
+
+def make_batch(rows: Sequence[Row], indexes: Sequence[int], *, pad: int = 0) -> Batch:
+    """Pad the rows on the right to a multiple of 8. Causal attention never looks at padding that comes after."""
+    import torch
+
+    chosen = [rows[i] for i in indexes]
+    width = -(-max(len(row.ids) for row in chosen) // PAD_TO) * PAD_TO
+    ids = torch.full((len(chosen), width), pad)
+    positions, targets = [], []
+    for number, row in enumerate(chosen):
+        ids[number, : len(row.ids)] = torch.tensor(row.ids)
+        positions += range(number * width + row.answer_start - 1, number * width + len(row.ids) - 1)
+        targets += row.ids[row.answer_start :]
+    return Batch(ids, torch.tensor(positions), torch.tensor(targets), list(indexes))
+
+
+def batch_indexes(rows: Sequence[Row], *, batch_size: int, rng: random.Random) -> list[list[int]]:
+    """Split the rows into batches of like length, in random order; each row is in one batch."""
+    order = sorted(range(len(rows)), key=lambda i: (-(-len(rows[i].ids) // PAD_TO), rng.random()))
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    rng.shuffle(batches)
+    return batches
+
+
+def answer_states(model, batch: Batch):
+    """The final hidden states, normed, where answer tokens are predicted; shape (answer tokens, hidden size).
+
+    `model` is a Llama-type causal language model. Layers whose weights are all frozen, below the first trained one,
+    run without gradients.
+    """
+    import torch
+
+    body = model.model
+    frozen = first_trained_layer(model)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and body.embed_tokens.weight.requires_grad):
+        hidden = body.embed_tokens(batch.ids)
+    with torch.no_grad():
+        rotary = body.rotary_emb(hidden, torch.arange(batch.ids.shape[1])[None])
+        for layer in body.layers[:frozen]:
+            hidden = layer(hidden, position_embeddings=rotary)
+    for layer in body.layers[frozen:]:
+        hidden = layer(hidden, position_embeddings=rotary)
+    return body.norm(hidden.flatten(0, 1)[batch.positions])
+
+
+def first_trained_layer(model) -> int:
+    """The index of the lowest layer with a weight that learns; the number of layers if none does."""
+    layers = model.model.layers
+    if model.model.embed_tokens.weight.requires_grad:
+        return 0
+    learns = [any(p.requires_grad for p in layer.parameters()) for layer in layers]
+    return learns.index(True) if True in learns else len(layers)
+
+
+def next_token_loss(model, batch: Batch):
+    """Cross-entropy of the answer tokens, averaged; the loss of supervised training and of sequence-level distillation."""
+    import torch
+
+    logits = model.lm_head(answer_states(model, batch)).float()
+    return torch.nn.functional.cross_entropy(logits, batch.targets)
+
+
+def distillation_loss(teacher_states: Sequence, teacher_head, *, temperature: float, label_share: float) -> Callable:
+    """A loss that pulls the student's distribution over the next token towards the teacher's.
+
+    `teacher_states[i]` holds the teacher's final hidden states for row i, shape (answer tokens, teacher's hidden size);
+    with `teacher_head`, shape (vocabulary, teacher's hidden size), they give back its logits exactly, in a fraction of
+    the memory. The loss is `(1 - label_share) * T^2 * KL(teacher || student at temperature T) + label_share * CE`.
+    Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, https://arxiv.org/abs/1503.02531
+    """
+    import torch
+    from torch.nn import functional
+
+    if not 0 < temperature < math.inf:
+        raise TrainingError(f"The distillation temperature is {temperature}: expected above 0; 1 to 4 is usual.")
+    if not 0 <= label_share <= 1:
+        raise TrainingError(f"The label_share is {label_share}: expected 0 to 1; 0.3 is usual.")
+
+    def loss(model, batch: Batch):
+        with torch.no_grad():
+            states = torch.cat([teacher_states[i] for i in batch.indexes])
+            wanted = functional.log_softmax((states @ teacher_head.T).float() / temperature, dim=-1)
+        logits = model.lm_head(answer_states(model, batch)).float()
+        given = functional.log_softmax(logits / temperature, dim=-1)
+        divergence = functional.kl_div(given, wanted, log_target=True, reduction="batchmean")
+        hard = functional.cross_entropy(logits, batch.targets) if label_share else 0.0
+        return (1 - label_share) * temperature**2 * divergence + label_share * hard
+
+    return loss
+
+
+def train(model, rows: Sequence[Row], settings: TrainingSettings, *, loss: Callable = next_token_loss) -> list[dict]:
+    """Train in place and return one entry a step: {"step", "epoch", "loss", "tokens"}.
+
+    The same model, rows and settings give the same weights on the same machine. Raises TrainingError for settings
+    that cannot work, before any work starts, and when the loss stops being a number.
+    """
+    import torch
+    from transformers import get_linear_schedule_with_warmup
+
+    check_settings(model, rows, settings)
+    torch.manual_seed(settings.seed)
+    rng = random.Random(settings.seed)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    masters = [p.detach().float().clone() if p.dtype != torch.float32 else p for p in weights]
+    optimizer = torch.optim.AdamW(
+        masters, lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.98), fused=True
+    )
+    steps_an_epoch = -(-len(rows) // settings.batch_size)
+    total = max(1, round(settings.epochs * steps_an_epoch))
+    schedule = get_linear_schedule_with_warmup(optimizer, int(settings.warmup_share * total), total)
+    history: list[dict] = []
+    model.train()
+    while len(history) < total:
+        for indexes in batch_indexes(rows, batch_size=settings.batch_size, rng=rng)[: total - len(history)]:
+            value, tokens = _accumulate(model, rows, indexes, loss)
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"The loss became {value} at step {len(history)}: expected a number; lower the learning rate "
+                    f"(it is {settings.learning_rate})."
+                )
+            _step(optimizer, weights, masters, settings.max_grad_norm)
+            schedule.step()
+            step = len(history)
+            history.append({"step": step, "epoch": step / steps_an_epoch, "loss": value, "tokens": tokens})
+    model.eval()
+    return history
+
+
+def _accumulate(model, rows: Sequence[Row], indexes: list[int], loss: Callable) -> tuple[float, int]:
+    """Add up the gradients of one step in parts that fit the memory; returns the step's loss and its padded tokens."""
+    longest = max(len(rows[i].ids) for i in indexes)
+    size = max(1, MICRO_BATCH_TOKENS // longest)
+    answers = sum(len(rows[i].ids) - rows[i].answer_start for i in indexes)
+    total, tokens = 0.0, 0
+    for start in range(0, len(indexes), size):
+        batch = make_batch(rows, indexes[start : start + size])
+        value = loss(model, batch) * (len(batch.targets) / answers)
+        value.backward()
+        total += value.item()
+        tokens += batch.ids.numel()
+    return total, tokens
+
+
+def _step(optimizer, weights: Sequence, masters: Sequence, max_grad_norm: float) -> None:
+    """One optimizer step on the fp32 masters of weights that are kept in a shorter format.
+
+    A bfloat16 number has 8 significant bits: most updates are smaller than that and would be rounded away.
+    Source: Micikevicius et al., "Mixed Precision Training", 2018, https://arxiv.org/abs/1710.03740
+    """
+    import torch
+
+    torch.nn.utils.clip_grad_norm_(weights, max_grad_norm)
+    for weight, master in zip(weights, masters, strict=True):
+        if master is not weight and weight.grad is not None:
+            master.grad, weight.grad = weight.grad.float(), None
+    optimizer.step()
+    with torch.no_grad():
+        for weight, master in zip(weights, masters, strict=True):
+            if master is not weight:
+                weight.copy_(master)
+    optimizer.zero_grad(set_to_none=True)
+
+
+def check_settings(model, rows: Sequence[Row], settings: TrainingSettings) -> None:
+    """Raise TrainingError for settings that cannot work with this model and these rows."""
+    layers = len(model.model.layers) if hasattr(model, "model") and hasattr(model.model, "layers") else None
+    if not rows:
+        raise TrainingError("There are no rows to train on: expected at least one; check the task's train split.")
+    for name in ("epochs", "learning_rate", "batch_size", "max_grad_norm"):
+        if not 0 < getattr(settings, name) < math.inf:
+            raise TrainingError(f"{name} is {getattr(settings, name)}: expected above 0; see TrainingSettings.")
+    if settings.batch_size != int(settings.batch_size):
+        raise TrainingError(f"batch_size is {settings.batch_size}: expected a whole number of rows.")
+    if not 0 <= settings.warmup_share < 1:
+        raise TrainingError(f"warmup_share is {settings.warmup_share}: expected 0 to below 1; 0.1 is usual.")
+    if not 0 <= settings.weight_decay < math.inf:
+        raise TrainingError(f"weight_decay is {settings.weight_decay}: expected 0 or above; 0.01 is usual.")
+    if settings.trained_layers is not None and layers and not 0 < settings.trained_layers <= layers:
+        raise TrainingError(
+            f"trained_layers is {settings.trained_layers}: expected 1 to {layers}, the model's number of layers."
+        )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise TrainingError("No weight of the model learns: expected some; see freeze_below and adapters.add_lora.")
+    for number, row in enumerate(rows):
+        if not 0 < row.answer_start < len(row.ids):
+            raise TrainingError(
+                f"Row {number} has {len(row.ids)} tokens and its answer begins at {row.answer_start}: expected a prompt and "
+                "an answer; see encode_rows."
+            )
+    longest = max(len(row.ids) for row in rows)
+    room = getattr(model.config, "max_position_embeddings", longest)
+    if longest > room:
+        raise TrainingError(f"The longest row has {longest} tokens: expected at most {room}; shorten or drop it.")
+
+
+def freeze_below(model, trained_layers: int | None) -> None:
+    """Let only the top `trained_layers` layers learn; embeddings, and the head tied to them, stay as they are.
+
+    The weights are kept in bfloat16 where that is fast; `train` keeps fp32 masters of those that learn.
+    """
+    import torch
+
+    layers = model.model.layers
+    model.requires_grad_(False)
+    if has_fast_bfloat16():
+        model.to(torch.bfloat16)
+    for layer in layers[len(layers) - (trained_layers or len(layers)) :]:
+        layer.requires_grad_(True)
+    model.model.norm.requires_grad_(True)
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware (AMX or AVX512-BF16)."""
+    import torch
+
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def fast_dtype() -> str:
+    """The number format in which this CPU trains and scores fastest: "bfloat16" or "float32"."""
+    return "bfloat16" if has_fast_bfloat16() else "float32"
+
