@@ -1,0 +1,71 @@
+"""A stage imports only stages before it, and importing costs next to nothing."""
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "slmops_course"
+
+# From the first stage to what joins them. A module may import those above it.
+ORDER = (
+    "errors", "artifacts", "models", "chat", "tasks", "training", "evaluation", "teachers", "students", "adapters",
+    "olive", "optimize", "serving", "benchmark", "network", "sizing", "pipeline", "plots", "report", "doctor",
+    "authoring.execute", "authoring", "cli",
+)  # fmt: skip
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def imported_stages(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("slmops_course"):
+            stem = node.module.removeprefix("slmops_course").lstrip(".")
+            found |= {stem} if stem else {alias.name for alias in node.names}
+    return {name for name in found if name in ORDER}
+
+
+def test_every_module_has_its_place_in_the_order():
+    names = {module_name(path) for path in PACKAGE.rglob("*.py")} - {""}
+    assert names == set(ORDER)
+
+
+def test_a_stage_imports_only_stages_before_it():
+    wrong = [
+        f"{module_name(path)} imports {stage}"
+        for path in PACKAGE.rglob("*.py")
+        for stage in imported_stages(path)
+        if module_name(path) and ORDER.index(stage) >= ORDER.index(module_name(path))
+    ]
+    assert wrong == []
+
+
+def test_importing_the_package_and_its_stages_loads_nothing_heavy():
+    stages = ", ".join(f"slmops_course.{name}" for name in ORDER if not name.startswith("authoring"))
+    code = (
+        f"import sys, {stages}; heavy = {{'torch', 'transformers', 'onnxruntime_genai', 'matplotlib', 'pandas', 'olive'}};"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def best_of(command: list[str], runs: int = 5) -> float:
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def test_the_package_imports_and_the_help_answers_in_an_instant():
+    """The goals are 0.1 s and 0.3 s on a quiet machine; bare Python's own start is taken off, and the best of five counts."""
+    bare = best_of([sys.executable, "-c", "pass"])
+    assert best_of([sys.executable, "-c", "import slmops_course"]) - bare < 0.1
+    assert best_of([sys.executable, "-m", "slmops_course.cli", "--help"]) - bare < 0.3

@@ -1,0 +1,116 @@
+"""The path from base model to scoreboard, on a model and a task so small that every stage takes seconds."""
+
+import json
+
+import pytest
+
+from slmops_course.adapters import LoraSettings
+from slmops_course.artifacts import Store, check_artifact
+from slmops_course.errors import CourseError
+from slmops_course.pipeline import PROFILES, Course, Profile, few_shots, open_course, teacher_states
+from slmops_course.tasks import load_task
+from slmops_course.training import TrainingSettings
+
+TINY = Profile(
+    teacher=TrainingSettings(epochs=60, learning_rate=5e-3, batch_size=4, trained_layers=None),
+    student=TrainingSettings(epochs=4, learning_rate=3e-3, batch_size=4),
+    student_layers=2,
+    temperature=2.0,
+    label_share=0.3,
+    lora=LoraSettings(rank=4, alpha=8),
+    lora_training=TrainingSettings(epochs=2, learning_rate=3e-3, batch_size=4),
+    olive_rows=4,
+    unlabelled=None,
+    test_messages=None,
+    base_messages=3,
+    speed_messages=3,
+)
+
+
+@pytest.fixture(scope="module")
+def course(tiny_task_folder, tiny_model_folder, tmp_path_factory):
+    store = Store(tmp_path_factory.mktemp("course") / "artifacts")
+    made = Course(store, load_task(tiny_task_folder), model=str(tiny_model_folder))
+    made.profile = TINY
+    return made
+
+
+def test_the_teacher_learns_what_the_base_model_does_not_know(course):
+    scores = [sum(o.answer is not None for o in course.outcomes(name)) for name in ("base zero-shot", "teacher")]
+    assert scores == [0, len(course.task.splits["test"])]
+
+
+def test_labels_come_from_the_teacher_and_none_is_lost(course):
+    card = course.labels().json("data_card.json")
+    assert card["kept"] + card["rejected"] == len(course.task.splits["unlabelled"])
+
+
+@pytest.mark.parametrize("kind", ["alone", "sequence", "logit"])
+def test_a_student_has_its_layers_and_its_history(course, kind):
+    student = course.student(kind)
+    assert student.json("config.json")["num_hidden_layers"] == TINY.student_layers
+    losses = [step["loss"] for step in student.json("history.json")]
+    assert len(losses) > 5
+    assert check_artifact(student.path) == []
+
+
+def test_all_students_take_the_same_number_of_steps(course):
+    steps = {kind: len(course.student(kind).json("history.json")) for kind in ("alone", "sequence", "logit")}
+    assert max(steps.values()) - min(steps.values()) <= TINY.student.epochs
+
+
+def test_a_second_course_over_the_same_store_builds_nothing(course, caplog):
+    course.student("logit")
+    caplog.clear()
+    caplog.set_level("INFO", logger="slmops_course")
+    again = Course(Store(course.store.root), course.task, model=course.model_name)
+    again.profile = TINY
+    again.student("logit")
+    assert "building" not in caplog.text
+
+
+def test_the_lora_artifact_holds_the_adapter_alone_and_the_merged_model(course):
+    folder = course.lora().path
+    assert (folder / "adapter" / "adapter_model.safetensors").stat().st_size < (folder / "model.safetensors").stat().st_size
+    assert course.lora().measured["trained_parameters"] < course.lora().measured["parameters"]
+
+
+def test_teacher_states_give_back_the_teachers_own_logits(course):
+    import torch
+
+    from slmops_course.chat import load_torch
+    from slmops_course.training import encode_rows
+
+    folder = course.teacher().path
+    model, tokenizer = load_torch(folder)
+    row = encode_rows(tokenizer, course.task, course.task.splits["train"][:1])[0]
+    states, head = teacher_states(folder, [row])
+    with torch.inference_mode():
+        logits = model(torch.tensor([row.ids])).logits[0, row.answer_start - 1 : -1]
+    torch.testing.assert_close((states[0] @ head.T).float(), logits, atol=0.2, rtol=0.1)
+
+
+def test_a_scoreboard_row_holds_scores_size_memory_and_speed(course):
+    (row,) = course.scoreboard(["student logit"])
+    assert row["messages"] == len(course.task.splits["test"])
+    assert row["size_bytes"] > 100_000
+    assert row["time_to_first_token_s"] < row["latency_s"]
+    assert row["output_tokens_per_s"] > 1
+    json.dumps(row)
+
+
+def test_an_unknown_model_or_profile_is_refused_in_a_sentence(course, tiny_task):
+    with pytest.raises(CourseError, match=r"no model 'nobody' on the scoreboard: expected one of .*teacher"):
+        course.outcomes("nobody")
+    with pytest.raises(CourseError, match=r"no profile 'huge': expected one of fast, full"):
+        Course(course.store, tiny_task, profile="huge")
+
+
+def test_few_shots_show_different_labels(tiny_task):
+    shots = few_shots(tiny_task, 3)
+    assert len({shot.answer["intent"] for shot in shots}) == 3
+
+
+def test_open_course_reads_the_bundled_task_and_both_profiles(tmp_path):
+    for profile in PROFILES:
+        assert open_course(tmp_path, profile=profile).task.name == "support_desk"
