@@ -11,16 +11,21 @@ MARKERS = "osD^vPX"
 
 def plot_size_against_score(rows: Sequence[dict], *, title: str = "Smaller models against what they still know"):
     """Exact match with its interval against model size, on a logarithmic axis; `rows` are scoreboard rows."""
+    from matplotlib.ticker import LogLocator
+
     figure, axes = new_figure(title, "size on disk (MB, logarithmic)", "exact match (%)", size=(8, 4.5))
     for number, row in enumerate(rows):
         score = row["scores"]["exact_match"]
         x, y = row["size_bytes"] / 1e6, 100 * score["value"]
         error = [[100 * (score["value"] - score["low"])], [100 * (score["high"] - score["value"])]]
-        axes.errorbar(
-            x, y, _never_negative(error), fmt=MARKERS[number % len(MARKERS)], color=COLOURS[number % len(COLOURS)], capsize=3,
-            label=row["name"],
-        )  # fmt: skip
+        # The marker moves on when the colours start again, so that no two models look alike.
+        marker = MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
+        colour = COLOURS[number % len(COLOURS)]
+        axes.errorbar(x, y, _never_negative(error), fmt=marker, color=colour, capsize=3, label=row["name"])
     axes.set_xscale("log")
+    axes.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
     axes.set_ylim(0, 100)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     return figure
