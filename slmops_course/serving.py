@@ -271,7 +271,7 @@ class FoundryChatModel(ChatModel):
 class OpenAIChatModel(ChatModel):
     """Any OpenAI-compatible endpoint: Foundry Local's service, Ollama, vLLM, llama.cpp's server, Azure AI Foundry.
 
-    `schema` constrains the replies to a JSON schema, in the form that Foundry Local's service takes. The key comes from
+    `schema` constrains the replies to a JSON schema, by a grammar as Foundry Local's service takes it. The key comes from
     `api_key` or the environment variable OPENAI_API_KEY; a service on loopback needs none.
     Raises ServingError when nothing answers at the address, and when the service refuses a request.
     """
@@ -290,7 +290,7 @@ class OpenAIChatModel(ChatModel):
         import openai
 
         start, first_s, pieces, usage = time.perf_counter(), None, [], None
-        constraint = {"type": "json_schema", "json_schema": bare_schema(self.schema or {})}
+        constraint = {"type": "lark_grammar", "lark_grammar": json_grammar(self.schema or {})}
         try:
             stream = self.client.chat.completions.create(
                 model=self.model, messages=list(conversation), max_tokens=max_new_tokens, temperature=0, stream=True,
@@ -324,11 +324,23 @@ class OpenAIChatModel(ChatModel):
 def bare_schema(schema: Mapping) -> dict:
     """A JSON schema without its annotations, and with compact JSON asked for.
 
-    Foundry Local takes it bare, not in OpenAI's wrapping of name and schema, in chat completions and in process.
+    Foundry Local takes it bare, not in OpenAI's wrapping of name and schema.
     """
     return {key: value for key, value in schema.items() if key not in ("$schema", "title", "description")} | {
         "x-guidance": {"whitespace_flexible": False}
     }
+
+
+def json_grammar(schema: Mapping) -> str:
+    """A Lark grammar that accepts only JSON by this schema, its fields in the schema's order.
+
+    Example: {"properties": {"a": {"enum": ["x"]}}} -> 'start: %json {"properties": {"a": {"enum": ["x"]}}, …}'
+    `%json` is an extension of llguidance: https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
+
+    Given the schema itself, Foundry Local's service sorts the fields by name, and so asks a model for its answer in an
+    order that it did not learn. In process it does not.
+    """
+    return f"start: %json {json.dumps(bare_schema(schema))}"
 
 
 def model_identifier(alias: str, version: int) -> str:

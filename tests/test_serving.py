@@ -156,6 +156,16 @@ def test_a_constrained_reply_over_http_fits_the_schema(foundry, model, tiny_task
             assert set(tiny_task.parse(reply.text)) == set(tiny_task.fields)
 
 
+def test_fields_come_in_the_schemas_order_in_process_and_over_http(foundry, model, tiny_task, conversations):
+    for fields in (["intent", "urgency"], ["urgency", "intent"]):
+        schema = {**tiny_task.schema, "properties": {name: tiny_task.schema["properties"][name] for name in fields}}
+        for chat in (
+            FoundryChatModel(model, schema=schema),
+            OpenAIChatModel(foundry.start_service(), model.id, schema=schema),
+        ):
+            assert list(json.loads(chat.reply(conversations[0], max_new_tokens=ENOUGH).text)) == fields
+
+
 def test_the_responses_api_answers_with_the_same_text(foundry, model, tiny_task):
     text = tiny_task.splits["test"][0].text
     wanted = FoundryChatModel(model).reply(tiny_task.messages(text), max_new_tokens=8)
