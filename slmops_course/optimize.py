@@ -10,10 +10,10 @@ from slmops_course.chat import load_torch
 from slmops_course.errors import CourseError
 from slmops_course.olive import collect, olive_config, run_olive, write_conversations
 from slmops_course.tasks import Task
+from slmops_course.training import GROUP_SIZE
 
 RECIPES = ("fp32", "int8", "int4-rtn", "int4-kquant", "int4-gptq")
-GROUP_SIZE = 32  # weights that share one scale
-CALIBRATION_ROWS = 128
+CALIBRATION_ROWS = 64
 CALIBRATION_TOKENS = 96
 # What ONNX Runtime GenAI and Foundry Local need, besides the model and its weights.
 MODEL_FILES = (
@@ -28,8 +28,8 @@ class OptimizeError(CourseError):
 def recipe_passes(recipe: str) -> dict[str, dict]:
     """The Olive passes of a recipe, in the order in which they run.
 
-    The vocabulary head and the embeddings are quantized too: they are a fifth of SmolLM2, and half of a student cut from
-    it. Both are one matrix, so `TieWordEmbeddings` keeps it once.
+    The vocabulary head and the embeddings are quantized too: they are a fifth of SmolLM2, and a sixth of the student cut
+    from it. Both are one matrix, so `TieWordEmbeddings` keeps it once.
     Raises OptimizeError for an unknown recipe.
     """
     whole = {"group_size": GROUP_SIZE, "sym": False, "lm_head": True, "embeds": True}

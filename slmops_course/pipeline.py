@@ -19,21 +19,23 @@ from slmops_course.models import DEFAULT_MODEL
 from slmops_course.tasks import Task
 from slmops_course.training import TrainingSettings
 
-STUDENTS = ("alone", "sequence", "logit")
+COMPARED = ("alone", "sequence", "logit")
 
 
 @dataclass(frozen=True)
 class Profile:
     """How long and on how much the path trains and measures."""
 
-    teacher: TrainingSettings
-    student: TrainingSettings
-    student_layers: int
+    teacher: TrainingSettings  # of the base model on the labelled messages
+    comparison: TrainingSettings  # of the students that are compared, just long enough to show their difference
+    student: TrainingSettings  # of the student that goes on to be optimized and served
+    student_shape: students.StudentShape  # of every student
     temperature: float  # of logit distillation
     label_share: float  # the share of plain cross-entropy in the logit student's loss
     lora: adapters.LoraSettings
     lora_training: TrainingSettings
     olive_rows: int  # rows that Olive's own fine-tuning pass trains on
+    olive_training: TrainingSettings  # of that pass: small batches, because it computes every token's whole distribution
     unlabelled: int | None  # unlabelled messages the teacher labels; None: all
     test_messages: int | None  # test messages every model is scored on; None: all
     base_messages: int  # test messages the untuned base model is scored on, with its long prompt
@@ -42,14 +44,16 @@ class Profile:
 
 PROFILES = {
     "fast": Profile(
-        teacher=TrainingSettings(epochs=2, learning_rate=3e-4, trained_layers=15),
-        student=TrainingSettings(epochs=1.5, learning_rate=8e-4),
-        student_layers=8,
+        teacher=TrainingSettings(epochs=2, learning_rate=8e-4, trained_layers=15),
+        comparison=TrainingSettings(epochs=0.75, learning_rate=1.5e-3),
+        student=TrainingSettings(epochs=4, learning_rate=1.5e-3, rounded_bits=4),
+        student_shape=students.StudentShape(layers=10, tokens=12_288),
         temperature=2.0,
         label_share=0.3,
         lora=adapters.LoraSettings(trained_layers=15),
-        lora_training=TrainingSettings(epochs=1, learning_rate=1e-3),
-        olive_rows=128,
+        lora_training=TrainingSettings(epochs=1, learning_rate=3e-3),
+        olive_rows=192,
+        olive_training=TrainingSettings(epochs=1, learning_rate=2e-3, batch_size=4),
         unlabelled=1134,
         test_messages=None,
         base_messages=52,
@@ -59,9 +63,10 @@ PROFILES = {
 PROFILES["full"] = replace(
     PROFILES["fast"],
     teacher=TrainingSettings(epochs=4, learning_rate=2e-4, trained_layers=24),
-    student=TrainingSettings(epochs=8, learning_rate=8e-4),
+    comparison=TrainingSettings(epochs=3, learning_rate=1.5e-3),
+    student=TrainingSettings(epochs=10, learning_rate=1e-3, rounded_bits=4),
     lora=adapters.LoraSettings(),
-    lora_training=TrainingSettings(epochs=3, learning_rate=1e-3),
+    lora_training=TrainingSettings(epochs=3, learning_rate=3e-3),
     olive_rows=1024,
     unlabelled=None,
     base_messages=516,
@@ -117,20 +122,32 @@ class Course:
             write, teachers.label_messages,
         )  # fmt: skip
 
-    def student(self, kind: str) -> Artifact:
-        """A student cut out of the teacher and trained: "alone", on "sequence"-level labels, or on "logit"s as well."""
-        teacher = self.teacher()
-        own, labelled = self.task.splits["train"], ()
-        if kind != "alone":
-            labelled = teachers.load_labelled(self.labels().path).kept
-        rows_total = len(own) + len(self.task.splits["unlabelled"][: self.profile.unlabelled])
-        # The student without a teacher gets as many steps as the others, on its fewer rows.
-        epochs = self.profile.student.epochs * rows_total / (len(own) + len(labelled))
-        settings = replace(self.profile.student, epochs=epochs)
-        source = self.base() if kind == "alone" else teacher
+    def compared_student(self, kind: str) -> Artifact:
+        """A student trained for a short time: "alone", on "sequence"-level labels, or on the teacher's "logit"s as well.
+
+        Raises CourseError for another kind.
+        """
+        if kind not in COMPARED:
+            raise CourseError(f"There is no student {kind!r}: expected one of {', '.join(COMPARED)}.")
+        epochs = self.profile.comparison.epochs
+        if kind == "alone":
+            # The student without a teacher gets as many steps as the others, on its fewer rows.
+            epochs *= (len(self.task.splits["train"]) + len(self._labelled())) / len(self.task.splits["train"])
+        return self._student(f"student-{kind}", kind, replace(self.profile.comparison, epochs=epochs))
+
+    def student(self) -> Artifact:
+        """The student that goes on to be optimized and served: trained for longer, by the teacher's distribution."""
+        return self._student("student", "logit", self.profile.student)
+
+    def _labelled(self) -> list[tasks.Example]:
+        return teachers.load_labelled(self.labels().path).kept
+
+    def _student(self, stage: str, kind: str, settings: TrainingSettings) -> Artifact:
+        teacher, own = self.teacher(), self.task.splits["train"]
         return self._train(
-            f"student-{kind}", source, (*own, *labelled), settings, freeze=training.freeze_below,
-            cut=self.profile.student_layers, soft=teacher if kind == "logit" else None,
+            stage, self.base() if kind == "alone" else teacher, (*own, *(self._labelled() if kind != "alone" else ())),
+            settings, freeze=training.freeze_below, shape=self.profile.student_shape,
+            soft=teacher if kind == "logit" else None, labels=kind != "alone",
         )  # fmt: skip
 
     def lora(self) -> Artifact:
@@ -143,7 +160,7 @@ class Course:
         """The same job done by Olive's own fine-tuning pass, on the profile's number of rows."""
         base, lora = self.base(), self.profile.lora
         examples = self.task.splits["train"][: self.profile.olive_rows]
-        settings = replace(self.profile.lora_training, epochs=1)
+        settings = self.profile.olive_training
 
         def write(folder: Path):
             from transformers import AutoTokenizer
@@ -164,14 +181,10 @@ class Course:
             {"base": base, **tasks.task_inputs(self.task)}, write, adapters.olive_lora_passes, olive.olive_config,
         )  # fmt: skip
 
-    def best_student(self) -> Artifact:
-        """The student that goes on to be optimized and served: the one taught by the teacher's distribution."""
-        return self.student("logit")
-
     def onnx(self, recipe: str) -> Artifact:
-        """The best student as an ONNX model, by one of Olive's recipes."""
+        """The student as an ONNX model, by one of Olive's recipes."""
         optimize.recipe_passes(recipe)
-        student = self.best_student()
+        student = self.student()
         return self._build(
             f"onnx-{recipe}", {"recipe": recipe}, {"model": student, **tasks.task_inputs(self.task)},
             lambda folder: optimize.optimize(recipe, model=student.path, task=self.task, folder=folder),
@@ -188,9 +201,10 @@ class Course:
             "lora": lambda: Contender("lora", self.lora(), "torch", {}),
             "olive lora": lambda: Contender("olive lora", self.olive_lora(), "torch", {}),
         }
-        for kind in STUDENTS:
+        for kind in COMPARED:
             name = f"student {kind}"
-            table[name] = lambda name=name, kind=kind: Contender(name, self.student(kind), "torch", {})
+            table[name] = lambda name=name, kind=kind: Contender(name, self.compared_student(kind), "torch", {})
+        table["student"] = lambda: Contender("student", self.student(), "torch", {})
         for recipe in optimize.RECIPES:
             name = f"student {recipe}"
             table[name] = lambda name=name, recipe=recipe: Contender(name, self.onnx(recipe), "genai", {})
@@ -198,7 +212,7 @@ class Course:
             table[name] = lambda name=name, kind=kind: Contender(name, self.onnx(self.served_recipe), kind, schema)
         return table
 
-    served_recipe = "int4-gptq"
+    served_recipe = "int4-rtn"  # the student is trained for just this rounding
 
     def outcomes(self, name: str) -> list[evaluation.Outcome]:
         """What a contender made of the test messages."""
@@ -274,38 +288,48 @@ class Course:
         return self.task.instructed_messages(text, few_shots(self.task, contender.shots))
 
     def _build(self, stage: str, settings: dict, inputs: dict, write, *code) -> Artifact:
-        return self.store.build(
-            stage, settings={"profile": self.profile_name, **settings}, inputs=inputs, write=write, code=code
-        )
+        def write_and_tidy(folder: Path):
+            try:
+                return write(folder)
+            finally:
+                benchmark.give_back_memory()
+
+        settings = {"profile": self.profile_name, **settings}
+        return self.store.build(stage, settings=settings, inputs=inputs, write=write_and_tidy, code=code)
 
     def _train(
-        self, stage: str, source: Artifact, examples, settings: TrainingSettings, *, freeze=None, cut=None, soft=None,
-        lora=None,
+        self, stage: str, source: Artifact, examples, settings: TrainingSettings, *, freeze=None, shape=None, soft=None,
+        labels=False, lora=None,
     ) -> Artifact:  # fmt: skip
         profile = self.profile
 
         def write(folder: Path):
             measured = train_model(
-                folder, source=source.path, task=self.task, examples=examples, settings=settings, freeze=freeze, cut=cut,
+                folder, source=source.path, task=self.task, examples=examples, settings=settings, freeze=freeze, shape=shape,
                 soft=(soft.path, profile.temperature, profile.label_share) if soft else None, lora=lora,
             )  # fmt: skip
             if lora:
                 adapters.forget_base_folder(folder / "adapter")
             return measured
 
-        recipe = {"training": asdict(settings), "examples": len(examples), "cut": cut}
+        recipe = {"training": asdict(settings), "examples": len(examples)}
         inputs = {"source": source, **tasks.task_inputs(self.task)}
-        if stage in ("student-sequence", "student-logit"):
+        if labels:
             inputs["labels"] = self.labels()
+        if shape:
+            recipe["shape"] = asdict(shape)
         if soft:
             inputs["teacher"] = soft
             recipe |= {"temperature": profile.temperature, "label_share": profile.label_share}
         if lora:
             recipe["lora"] = asdict(lora)
-        return self._build(
-            stage, recipe, inputs, write, train_model, training.train, training.next_token_loss, training.answer_states,
-            training.distillation_loss, students.cut_student, students.kept_layers, adapters.add_lora,
+        code = (
+            train_model, task_texts, teacher_states, training.train, training.answer_states, training.answer_logits,
+            training.next_token_loss, training.distillation_loss, training.accumulate_gradients, training.update_weights,
+            training.round_weights, training.freeze_below, students.cut_student, students.kept_layers,
+            students.kept_tokens, adapters.add_lora,
         )  # fmt: skip
+        return self._build(stage, recipe, inputs, write, *code)
 
 
 def open_course(
@@ -321,17 +345,21 @@ def open_course(
     return Course(store, tasks.load_task(task, store=store), profile=profile, model=model)
 
 
-def train_model(folder: Path, *, source: Path, task: Task, examples, settings, freeze, cut, soft, lora) -> dict:
+def train_model(folder: Path, *, source: Path, task: Task, examples, settings, freeze, shape, soft, lora) -> dict:
     """Load a model, cut it if asked, train it on the examples and save it with its history; returns measurements."""
     model, tokenizer = load_torch(source, dtype=training.fast_dtype())
-    rows = training.encode_rows(tokenizer, task, examples)
+    tokens = None
+    if shape:
+        tokens = students.kept_tokens(tokenizer, task_texts(tokenizer, task), shape.tokens)
+        model = students.cut_student(model, students.kept_layers(len(model.model.layers), shape.layers), tokens)
     loss = training.next_token_loss
     if soft:
         teacher_folder, temperature, label_share = soft
-        states, head = teacher_states(teacher_folder, rows)
+        states, head = teacher_states(teacher_folder, training.encode_rows(tokenizer, task, examples), tokens)
         loss = training.distillation_loss(states, head, temperature=temperature, label_share=label_share)
-    if cut:
-        model = students.cut_student(model, students.kept_layers(len(model.model.layers), cut))
+    if shape:
+        tokenizer = students.trim_tokenizer(tokenizer, tokens)
+    rows = training.encode_rows(tokenizer, task, examples)
     tuned = adapters.add_lora(model, lora) if lora else None
     if tuned is None:
         freeze(model, settings.trained_layers)
@@ -351,8 +379,23 @@ def train_model(folder: Path, *, source: Path, task: Task, examples, settings, f
     }
 
 
-def teacher_states(folder: Path, rows: Sequence[training.Row]):
-    """The teacher's final hidden states where each row's answer is predicted, and its head; see `distillation_loss`."""
+def task_texts(tokenizer, task: Task) -> list[str]:
+    """Every message to learn from as the model reads it, every labelled answer, and every value an answer may have."""
+    examples = [*task.splits["train"], *task.splits["unlabelled"]]
+    prompts = [
+        tokenizer.apply_chat_template(list(task.messages(example.text)), tokenize=False, add_generation_prompt=True)
+        for example in examples
+    ]
+    most = max(len(values) for values in task.fields.values())
+    answers = [{name: values[i % len(values)] for name, values in task.fields.items()} for i in range(most)]
+    return [*prompts, *(task.target(answer) for answer in [*answers, *(e.answer for e in examples if e.answer)])]
+
+
+def teacher_states(folder: Path, rows: Sequence[training.Row], tokens: Sequence[int] | None = None):
+    """The teacher's final hidden states where each row's answer is predicted, and its head; see `distillation_loss`.
+
+    With `tokens`, the head's rows for these tokens only: what a student with a trimmed vocabulary can learn.
+    """
     import torch
 
     teacher, _ = load_torch(folder, dtype=training.fast_dtype())
@@ -366,7 +409,8 @@ def teacher_states(folder: Path, rows: Sequence[training.Row]):
             sizes = [len(rows[i].ids) - rows[i].answer_start for i in indexes]
             for index, state in zip(indexes, training.answer_states(teacher, batch).split(sizes), strict=True):
                 states[index] = state.clone()
-    return states, teacher.lm_head.weight.detach().clone()
+    head = teacher.lm_head.weight.detach()
+    return states, (head if tokens is None else head[list(tokens)]).clone()
 
 
 def few_shots(task: Task, count: int) -> list[tasks.Example]:

@@ -1,6 +1,9 @@
 """A smaller network cut out of a larger one."""
 
 import copy
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from slmops_course.errors import CourseError
@@ -8,6 +11,14 @@ from slmops_course.errors import CourseError
 
 class StudentError(CourseError):
     """A student that cannot be cut out of this teacher."""
+
+
+@dataclass(frozen=True)
+class StudentShape:
+    """How much of its teacher a student keeps."""
+
+    layers: int
+    tokens: int  # of the vocabulary, or more if the task's texts need more; see `kept_tokens`
 
 
 def kept_layers(teacher_layers: int, student_layers: int) -> list[int]:
@@ -24,31 +35,114 @@ def kept_layers(teacher_layers: int, student_layers: int) -> list[int]:
     return [round(number * step) for number in range(student_layers)]
 
 
-def cut_student(teacher, layers: list[int]):
-    """A new model with the teacher's embeddings, head, and the given layers of it, in that order, as copies."""
+def kept_tokens(tokenizer, texts: Iterable[str], size: int) -> list[int]:
+    """The ids of the tokens a student keeps, sorted: all that the texts need, then the commonest, up to `size`.
+
+    Example: SmolLM2 and the support desk, size=12_288 -> 12,288 of its 49,152 ids; more if the texts need more.
+    Raises StudentError for a tokenizer that is not of the byte-pair kind.
+
+    Kept as well, whatever the texts need: special tokens and single bytes, so that any text can still be written. A
+    byte-pair tokenizer numbers its tokens in the order it found them, the commonest first. A token that is made by
+    joining two others needs these too. So the texts are cut into the same tokens before and after.
+    Source: Ushio, Zhou, Camacho-Collados, "Efficient Multilingual Language Model Compression through Vocabulary
+    Trimming", 2023, https://arxiv.org/abs/2305.15020
+    """
+    model = _bpe(tokenizer)["model"]
+    parts: dict[int, set[int]] = {}
+    for pair in model["merges"]:
+        left, right = pair if isinstance(pair, list) else pair.split(" ")
+        parts.setdefault(model["vocab"][left + right], set()).update((model["vocab"][left], model["vocab"][right]))
+    kept = {number for number in range(len(tokenizer)) if number not in parts}
+    needed = {number for text in texts for number in tokenizer(text, add_special_tokens=False)["input_ids"]}
+    while needed:
+        kept |= needed
+        needed = {part for number in needed for part in parts.get(number, ())} - kept
+    for number in range(len(tokenizer)):
+        if len(kept) >= size:
+            break
+        if parts.get(number, set()) <= kept:
+            kept.add(number)
+    return sorted(kept)
+
+
+def trim_tokenizer(tokenizer, kept: Sequence[int]):
+    """A copy of the tokenizer that knows only the kept tokens; the number of `kept[i]` becomes `i`.
+
+    Raises StudentError for a tokenizer that is not of the byte-pair kind.
+    """
+    from tokenizers import Tokenizer
+
+    number = {old: new for new, old in enumerate(kept)}
+    state = _bpe(tokenizer)
+    vocabulary = state["model"]["vocab"]
+    state["model"]["vocab"] = {token: number[old] for token, old in vocabulary.items() if old in number}
+    pairs = [pair if isinstance(pair, list) else pair.split(" ") for pair in state["model"]["merges"]]
+    state["model"]["merges"] = [
+        pair for pair in pairs if {vocabulary[pair[0]], vocabulary[pair[1]], vocabulary["".join(pair)]} <= number.keys()
+    ]
+    for part in (state["post_processor"] or {}).get("processors", [state["post_processor"] or {}]):
+        for token in part.get("special_tokens", {}).values():
+            token["ids"] = [number[old] for old in token["ids"]]
+    state["added_tokens"] = [{**token, "id": number[token["id"]]} for token in state["added_tokens"]]
+    trimmed = copy.deepcopy(tokenizer)
+    trimmed._tokenizer = Tokenizer.from_str(json.dumps(state))
+    return trimmed
+
+
+def _bpe(tokenizer) -> dict:
+    """The state of a byte-pair tokenizer; StudentError for other kinds."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    if state["model"]["type"] != "BPE":
+        raise StudentError(
+            f"The tokenizer is of the type {state['model']['type']}: expected BPE, whose tokens can be "
+            "trimmed; choose a model with a byte-pair tokenizer."
+        )
+    return state
+
+
+def cut_student(teacher, layers: list[int], tokens: Sequence[int] | None = None):
+    """A new model with copies of the given layers of the teacher, in that order, and of its embeddings and head.
+
+    With `tokens`, only these rows of the embeddings and the head are kept: shape (tokens, hidden size); see `kept_tokens`.
+    """
     import torch
 
-    config = copy.deepcopy(teacher.config)
+    config, generation = copy.deepcopy(teacher.config), copy.deepcopy(teacher.generation_config)
     config.num_hidden_layers = len(layers)
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[i] for i in layers]
+    if tokens is not None:
+        config.vocab_size = len(tokens)
+        number = {old: new for new, old in enumerate(tokens)}
+        for settings in (config, generation):
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                _renumber(settings, name, number)
     with torch.device("meta"):
         student = type(teacher)(config)
     weights = {}
     for name, value in teacher.state_dict().items():
-        parts = name.split(".")
-        if parts[:2] == ["model", "layers"]:
-            if int(parts[2]) in layers:
-                parts[2] = str(layers.index(int(parts[2])))
-                weights[".".join(parts)] = value.clone()
-        else:
-            weights[name] = value.clone()
+        words = name.split(".")
+        if words[:2] == ["model", "layers"]:
+            if int(words[2]) not in layers:
+                continue
+            words[2] = str(layers.index(int(words[2])))
+        elif tokens is not None and {"embed_tokens", "lm_head"} & set(words):
+            value = value[list(tokens)]
+        weights[".".join(words)] = value.clone()
     student.load_state_dict(weights, assign=True)
     student.tie_weights()
     # Buffers that no checkpoint holds, such as the rotary frequencies, are still on the meta device.
     student.model.rotary_emb = copy.deepcopy(teacher.model.rotary_emb)
-    student.generation_config = copy.deepcopy(teacher.generation_config)
+    student.generation_config = generation
     return student
+
+
+def _renumber(settings, name: str, number: dict[int, int]) -> None:
+    value = getattr(settings, name, None)
+    if isinstance(value, list):
+        setattr(settings, name, [number[one] for one in value])
+    elif value is not None:
+        setattr(settings, name, number[value])
 
 
 def parameters_by_part(model) -> dict[str, int]:

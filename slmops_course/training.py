@@ -2,10 +2,12 @@
 
 What makes it quick on a CPU: rows of like length share a batch padded to a multiple of 8 (oneDNN builds a kernel for
 every shape it meets); the vocabulary projection runs only where an answer token is predicted; layers below the first
-trained one run without gradients; matrix products run in bfloat16 where the CPU has units for it, while the
-optimizer works on fp32 masters.
+trained one run without gradients; attention is computed by plain matrix products, whose backward pass is the quicker
+one here; matrix products run in bfloat16 where the CPU has units for it, while the optimizer works on fp32 masters. A
+step that would fill the memory is computed in parts.
 """
 
+import itertools
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -16,7 +18,9 @@ from slmops_course.errors import CourseError
 from slmops_course.tasks import Example, Task
 
 PAD_TO = 8  # rows of a batch are padded to a multiple of so many tokens
-MICRO_BATCH_TOKENS = 640  # the most tokens that go through the model at once: activations dominate the memory
+GROUP_SIZE = 32  # weights that share one scale when they are rounded; `optimize` quantizes by the same groups
+WEIGHTS_AT_ONCE = 16  # weights that one optimizer moves
+MICRO_BATCH_TOKENS = 1100  # about so many tokens go through the model at once: activations dominate the memory
 
 
 class TrainingError(CourseError):
@@ -31,10 +35,11 @@ class TrainingSettings:
     learning_rate: float = 3e-4  # the peak, after warm-up; falls linearly to zero
     batch_size: int = 16  # rows a step
     warmup_share: float = 0.1  # of all steps
-    weight_decay: float = 0.01
+    weight_decay: float = 0.01  # each step takes this share, times the learning rate, off every weight
     max_grad_norm: float = 1.0  # gradients are scaled down to this length
     trained_layers: int | None = None  # only so many layers, counted from the top, learn; None: all
-    seed: int = 0
+    rounded_bits: int | None = None  # in the last third of the steps weights are rounded to so many bits; None: never
+    seed: int = 0  # of the order of the rows
 
 
 @dataclass(frozen=True)
@@ -113,11 +118,14 @@ def answer_states(model, batch: Batch):
     with torch.set_grad_enabled(torch.is_grad_enabled() and body.embed_tokens.weight.requires_grad):
         hidden = body.embed_tokens(batch.ids)
     with torch.no_grad():
-        rotary = body.rotary_emb(hidden, torch.arange(batch.ids.shape[1])[None])
+        width = batch.ids.shape[1]
+        rotary = body.rotary_emb(hidden, torch.arange(width)[None])
+        # Adding -inf above the diagonal keeps a token from seeing later ones, whichever attention the model uses.
+        mask = torch.full((1, 1, width, width), -math.inf, dtype=hidden.dtype).triu(1)
         for layer in body.layers[:frozen]:
-            hidden = layer(hidden, position_embeddings=rotary)
+            hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
     for layer in body.layers[frozen:]:
-        hidden = layer(hidden, position_embeddings=rotary)
+        hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
     return body.norm(hidden.flatten(0, 1)[batch.positions])
 
 
@@ -130,12 +138,23 @@ def first_trained_layer(model) -> int:
     return learns.index(True) if True in learns else len(layers)
 
 
+def answer_logits(model, batch: Batch):
+    """The model's logits where answer tokens are predicted, in fp32; shape (answer tokens, vocabulary).
+
+    They are computed for a multiple of 64 tokens: oneDNN keeps a kernel, and memory, for every number it meets.
+    """
+    import torch
+
+    states = answer_states(model, batch)
+    padded = torch.nn.functional.pad(states, (0, 0, 0, -len(states) % 64))
+    return model.lm_head(padded)[: len(states)].float()
+
+
 def next_token_loss(model, batch: Batch):
     """Cross-entropy of the answer tokens, averaged; the loss of supervised training and of sequence-level distillation."""
     import torch
 
-    logits = model.lm_head(answer_states(model, batch)).float()
-    return torch.nn.functional.cross_entropy(logits, batch.targets)
+    return torch.nn.functional.cross_entropy(answer_logits(model, batch), batch.targets)
 
 
 def distillation_loss(teacher_states: Sequence, teacher_head, *, temperature: float, label_share: float) -> Callable:
@@ -157,8 +176,9 @@ def distillation_loss(teacher_states: Sequence, teacher_head, *, temperature: fl
     def loss(model, batch: Batch):
         with torch.no_grad():
             states = torch.cat([teacher_states[i] for i in batch.indexes])
-            wanted = functional.log_softmax((states @ teacher_head.T).float() / temperature, dim=-1)
-        logits = model.lm_head(answer_states(model, batch)).float()
+            padded = functional.pad(states, (0, 0, 0, -len(states) % 64))
+            wanted = functional.log_softmax((padded @ teacher_head.T)[: len(states)].float() / temperature, dim=-1)
+        logits = answer_logits(model, batch)
         given = functional.log_softmax(logits / temperature, dim=-1)
         divergence = functional.kl_div(given, wanted, log_target=True, reduction="batchmean")
         hard = functional.cross_entropy(logits, batch.targets) if label_share else 0.0
@@ -171,7 +191,8 @@ def train(model, rows: Sequence[Row], settings: TrainingSettings, *, loss: Calla
     """Train in place and return one entry a step: {"step", "epoch", "loss", "tokens"}.
 
     The same model, rows and settings give the same weights on the same machine. Raises TrainingError for settings
-    that cannot work, before any work starts, and when the loss stops being a number.
+    that cannot work, before any work starts, and when the loss stops being a number. With `rounded_bits`, the last third
+    of the steps computes with rounded weights; the model that is left has the unrounded ones.
     """
     import torch
     from transformers import get_linear_schedule_with_warmup
@@ -180,35 +201,53 @@ def train(model, rows: Sequence[Row], settings: TrainingSettings, *, loss: Calla
     torch.manual_seed(settings.seed)
     rng = random.Random(settings.seed)
     weights = [p for p in model.parameters() if p.requires_grad]
-    masters = [p.detach().float().clone() if p.dtype != torch.float32 else p for p in weights]
-    optimizer = torch.optim.AdamW(
-        masters, lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.98), fused=True
-    )
+    rounded = list(model.parameters()) if settings.rounded_bits else []  # those that do not learn are rounded too
+    apart = {p: p.detach().float().clone() for p in {*weights, *rounded} if p.dtype != torch.float32 or rounded}
+    masters = [apart.get(p, p) for p in weights]
+    # One optimizer for every few weights: they step in turn, so that few gradients are held in fp32 at once.
+    optimizers = [
+        torch.optim.AdamW(
+            masters[start : start + WEIGHTS_AT_ONCE], lr=settings.learning_rate, weight_decay=settings.weight_decay,
+            betas=(0.9, 0.98), fused=True,
+        )
+        for start in range(0, len(masters), WEIGHTS_AT_ONCE)
+    ]  # fmt: skip
     steps_an_epoch = -(-len(rows) // settings.batch_size)
     total = max(1, round(settings.epochs * steps_an_epoch))
-    schedule = get_linear_schedule_with_warmup(optimizer, int(settings.warmup_share * total), total)
+    schedules = [get_linear_schedule_with_warmup(one, int(settings.warmup_share * total), total) for one in optimizers]
     history: list[dict] = []
     model.train()
+    attention = model.config._attn_implementation
+    model.set_attn_implementation("eager")  # quicker on a CPU than the fused kernel, whose backward pass is slow there
     while len(history) < total:
         for indexes in batch_indexes(rows, batch_size=settings.batch_size, rng=rng)[: total - len(history)]:
-            value, tokens = _accumulate(model, rows, indexes, loss)
+            value, tokens = accumulate_gradients(model, rows, indexes, loss)
             if not math.isfinite(value):
                 raise TrainingError(
                     f"The loss became {value} at step {len(history)}: expected a number; lower the learning rate "
                     f"(it is {settings.learning_rate})."
                 )
-            _step(optimizer, weights, masters, settings.max_grad_norm)
-            schedule.step()
+            update_weights(optimizers, weights, masters, settings.max_grad_norm)
+            for schedule in schedules:
+                schedule.step()
+            if settings.rounded_bits and 3 * (len(history) + 1) >= 2 * total:
+                round_weights(rounded, [apart[p] for p in rounded], bits=settings.rounded_bits)
             step = len(history)
             history.append({"step": step, "epoch": step / steps_an_epoch, "loss": value, "tokens": tokens})
+    copy_weights([apart[p] for p in rounded], rounded)
+    model.set_attn_implementation(attention)
     model.eval()
     return history
 
 
-def _accumulate(model, rows: Sequence[Row], indexes: list[int], loss: Callable) -> tuple[float, int]:
-    """Add up the gradients of one step in parts that fit the memory; returns the step's loss and its padded tokens."""
+def accumulate_gradients(model, rows: Sequence[Row], indexes: list[int], loss: Callable) -> tuple[float, int]:
+    """Add up the gradients of one step in parts of about MICRO_BATCH_TOKENS tokens.
+
+    Returns the step's loss (nats an answer token) and its padded tokens.
+    """
     longest = max(len(rows[i].ids) for i in indexes)
-    size = max(1, MICRO_BATCH_TOKENS // longest)
+    parts = -(-len(indexes) * longest // MICRO_BATCH_TOKENS)
+    size = -(-len(indexes) // parts)  # parts of like size: each new shape costs time and memory
     answers = sum(len(rows[i].ids) - rows[i].answer_start for i in indexes)
     total, tokens = 0.0, 0
     for start in range(0, len(indexes), size):
@@ -220,24 +259,56 @@ def _accumulate(model, rows: Sequence[Row], indexes: list[int], loss: Callable) 
     return total, tokens
 
 
-def _step(optimizer, weights: Sequence, masters: Sequence, max_grad_norm: float) -> None:
-    """One optimizer step on the fp32 masters of weights that are kept in a shorter format.
+def update_weights(optimizers: Sequence, weights: Sequence, masters: Sequence, max_grad_norm: float) -> None:
+    """One step of each optimizer, in turn, on the fp32 masters of weights that are kept in a shorter format.
 
-    A bfloat16 number has 8 significant bits: most updates are smaller than that and would be rounded away.
+    Weights and masters are parallel, and each optimizer owns the next few of the masters. Gradients are cleared.
+    A bfloat16 number has 8 significant bits: most updates are smaller than its last one and would be rounded away.
     Source: Micikevicius et al., "Mixed Precision Training", 2018, https://arxiv.org/abs/1710.03740
     """
     import torch
 
     torch.nn.utils.clip_grad_norm_(weights, max_grad_norm)
-    for weight, master in zip(weights, masters, strict=True):
-        if master is not weight and weight.grad is not None:
-            master.grad, weight.grad = weight.grad.float(), None
-    optimizer.step()
+    pairs = zip(weights, masters, strict=True)
+    for optimizer in optimizers:
+        part = list(itertools.islice(pairs, len(optimizer.param_groups[0]["params"])))
+        for weight, master in part:
+            if master is not weight and weight.grad is not None:
+                master.grad, weight.grad = weight.grad.float(), None
+        optimizer.step()
+        copy_weights([master for _, master in part], [weight for weight, _ in part])
+        optimizer.zero_grad(set_to_none=True)
+
+
+def copy_weights(masters: Sequence, weights: Sequence) -> None:
+    """Put the masters' values into the weights that the model computes with."""
+    import torch
+
     with torch.no_grad():
         for weight, master in zip(weights, masters, strict=True):
             if master is not weight:
                 weight.copy_(master)
-    optimizer.zero_grad(set_to_none=True)
+
+
+def round_weights(weights: Sequence, masters: Sequence, *, bits: int) -> None:
+    """Let matrices take only the values that `bits` bits can hold, as Olive's round-to-nearest pass will choose them.
+
+    Matrices, shape (rows, columns), are rounded in place, each group of 32 numbers along a row with its own scale and
+    zero point; weights of a shape that has no whole groups stay as they are. The next gradients are those at the rounded
+    weights, and change the masters: quantization-aware training with the straight-through estimator.
+    Sources: Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
+    Inference", 2018, https://arxiv.org/abs/1712.05877; Bengio, Léonard, Courville, "Estimating or Propagating Gradients
+    Through Stochastic Neurons", 2013, https://arxiv.org/abs/1308.3432
+    """
+    import torch
+    from olive.common.quant.utils import WeightQuantizer
+
+    quantizer = WeightQuantizer(bits=bits, symmetric=False, group_size=GROUP_SIZE)
+    with torch.no_grad():
+        for weight, master in zip(weights, masters, strict=True):
+            if master.ndim == 2 and master.shape[1] % GROUP_SIZE == 0:
+                scales, zeros = quantizer.find_qparams(master)
+                weight.copy_(quantizer.dequantize(quantizer.quantize(master, scales, zeros), scales, zeros))
 
 
 def check_settings(model, rows: Sequence[Row], settings: TrainingSettings) -> None:
@@ -254,6 +325,8 @@ def check_settings(model, rows: Sequence[Row], settings: TrainingSettings) -> No
         raise TrainingError(f"warmup_share is {settings.warmup_share}: expected 0 to below 1; 0.1 is usual.")
     if not 0 <= settings.weight_decay < math.inf:
         raise TrainingError(f"weight_decay is {settings.weight_decay}: expected 0 or above; 0.01 is usual.")
+    if settings.rounded_bits not in (None, 2, 4, 8):
+        raise TrainingError(f"rounded_bits is {settings.rounded_bits}: expected 2, 4 or 8, or None for no rounding.")
     if settings.trained_layers is not None and layers and not 0 < settings.trained_layers <= layers:
         raise TrainingError(
             f"trained_layers is {settings.trained_layers}: expected 1 to {layers}, the model's number of layers."

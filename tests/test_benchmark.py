@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 import time
 
 import numpy
@@ -151,3 +153,18 @@ with open_model("foundry", Path(sys.argv[2])) as model:
 def test_a_speed_survives_json():
     speed = Speed(3, 0.1, 20.0, 1.0, 5_000_000, 90_000_000)
     assert Speed(**json.loads(json.dumps(vars(speed)))) == speed
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc can be asked to give memory back")
+def test_freed_memory_goes_back_to_the_system():
+    code = (
+        "import psutil\n"
+        "from slmops_course.benchmark import give_back_memory\n"
+        "size = lambda: psutil.Process().memory_info().rss\n"
+        "keep, drop = [], []\n"
+        "for _ in range(20_000): drop.append(bytearray(10_000)); keep.append(bytearray(1000))\n"
+        "del drop\n"
+        "before = size(); give_back_memory(); print(before - size())"
+    )
+    freed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert int(freed) > 50e6

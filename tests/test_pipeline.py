@@ -8,18 +8,21 @@ from slmops_course.adapters import LoraSettings
 from slmops_course.artifacts import Store, check_artifact
 from slmops_course.errors import CourseError
 from slmops_course.pipeline import PROFILES, Course, Profile, few_shots, open_course, teacher_states
+from slmops_course.students import StudentShape
 from slmops_course.tasks import load_task
 from slmops_course.training import TrainingSettings
 
 TINY = Profile(
     teacher=TrainingSettings(epochs=60, learning_rate=5e-3, batch_size=4, trained_layers=None),
-    student=TrainingSettings(epochs=4, learning_rate=3e-3, batch_size=4),
-    student_layers=2,
+    comparison=TrainingSettings(epochs=4, learning_rate=3e-3, batch_size=4),
+    student=TrainingSettings(epochs=5, learning_rate=3e-3, batch_size=4, rounded_bits=4),
+    student_shape=StudentShape(layers=2, tokens=300),
     temperature=2.0,
     label_share=0.3,
     lora=LoraSettings(rank=4, alpha=8),
     lora_training=TrainingSettings(epochs=2, learning_rate=3e-3, batch_size=4),
     olive_rows=4,
+    olive_training=TrainingSettings(epochs=1, learning_rate=1e-3, batch_size=4),
     unlabelled=None,
     test_messages=None,
     base_messages=3,
@@ -47,25 +50,29 @@ def test_labels_come_from_the_teacher_and_none_is_lost(course):
 
 @pytest.mark.parametrize("kind", ["alone", "sequence", "logit"])
 def test_a_student_has_its_layers_and_its_history(course, kind):
-    student = course.student(kind)
-    assert student.json("config.json")["num_hidden_layers"] == TINY.student_layers
+    from transformers import AutoTokenizer
+
+    student = course.compared_student(kind)
+    config = student.json("config.json")
+    assert config["num_hidden_layers"] == TINY.student_shape.layers
+    assert config["vocab_size"] == len(AutoTokenizer.from_pretrained(student.path))
     losses = [step["loss"] for step in student.json("history.json")]
     assert len(losses) > 5
     assert check_artifact(student.path) == []
 
 
 def test_all_students_take_the_same_number_of_steps(course):
-    steps = {kind: len(course.student(kind).json("history.json")) for kind in ("alone", "sequence", "logit")}
-    assert max(steps.values()) - min(steps.values()) <= TINY.student.epochs
+    steps = {kind: len(course.compared_student(kind).json("history.json")) for kind in ("alone", "sequence", "logit")}
+    assert max(steps.values()) - min(steps.values()) <= TINY.comparison.epochs
 
 
 def test_a_second_course_over_the_same_store_builds_nothing(course, caplog):
-    course.student("logit")
+    course.student()
     caplog.clear()
     caplog.set_level("INFO", logger="slmops_course")
     again = Course(Store(course.store.root), course.task, model=course.model_name)
     again.profile = TINY
-    again.student("logit")
+    again.student()
     assert "building" not in caplog.text
 
 
@@ -91,7 +98,7 @@ def test_teacher_states_give_back_the_teachers_own_logits(course):
 
 
 def test_a_scoreboard_row_holds_scores_size_memory_and_speed(course):
-    (row,) = course.scoreboard(["student logit"])
+    (row,) = course.scoreboard(["student"])
     assert row["messages"] == len(course.task.splits["test"])
     assert row["size_bytes"] > 100_000
     assert row["time_to_first_token_s"] < row["latency_s"]
@@ -102,6 +109,8 @@ def test_a_scoreboard_row_holds_scores_size_memory_and_speed(course):
 def test_an_unknown_model_or_profile_is_refused_in_a_sentence(course, tiny_task):
     with pytest.raises(CourseError, match=r"no model 'nobody' on the scoreboard: expected one of .*teacher"):
         course.outcomes("nobody")
+    with pytest.raises(CourseError, match=r"no student 'best': expected one of alone, sequence, logit"):
+        course.compared_student("best")
     with pytest.raises(CourseError, match=r"no profile 'huge': expected one of fast, full"):
         Course(course.store, tiny_task, profile="huge")
 

@@ -34,7 +34,7 @@ def test_the_command_for_ones_own_messages_parses():
 
 
 def test_the_scoreboard_has_a_row_for_every_stage(tmp_path):
-    rows = re.findall(r"(?m)^\| ([a-z][^|]*?) \| \d", README)
+    rows = re.findall(r"(?m)^\| ([a-z][^|]*?) \| [\d.]+% \[", README)
     assert rows == list(open_course(tmp_path).contenders())
 
 

@@ -1,8 +1,18 @@
+import copy
+
 import pytest
 import torch
 
 from slmops_course.chat import load_torch, prompt_ids
-from slmops_course.students import StudentError, cut_student, kept_layers, parameters_by_part, save_model
+from slmops_course.students import (
+    StudentError,
+    cut_student,
+    kept_layers,
+    kept_tokens,
+    parameters_by_part,
+    save_model,
+    trim_tokenizer,
+)
 
 
 def test_a_student_keeps_the_first_layer_the_last_and_some_between():
@@ -118,3 +128,76 @@ def test_parameters_are_all_counted_and_once(teacher):
 def test_a_cut_takes_parameters_from_the_layers_alone(teacher):
     whole, cut = parameters_by_part(teacher), parameters_by_part(cut_student(teacher, [0, 4]))
     assert cut == {**whole, "layers": whole["layers"] * 2 // 5}
+
+
+TEXTS = ["I lost my card on the bus", '{"intent":"card_lost"}']
+
+
+@pytest.fixture
+def kept(tokenizer):
+    return kept_tokens(tokenizer, TEXTS, 0)
+
+
+def test_a_trimmed_tokenizer_cuts_the_texts_it_was_made_for_into_the_same_tokens(tokenizer, kept):
+    trimmed = trim_tokenizer(tokenizer, kept)
+    for text in TEXTS:
+        assert [kept[number] for number in trimmed(text)["input_ids"]] == tokenizer(text)["input_ids"]
+    assert len(trimmed) == len(kept) < len(tokenizer)
+
+
+@pytest.mark.parametrize("text", ["entirely other words, 12345", "नमस्ते 😀", "\x00\x01\n", ""])
+def test_a_trimmed_tokenizer_still_writes_any_text(tokenizer, kept, text):
+    trimmed = trim_tokenizer(tokenizer, kept)
+    assert trimmed.decode(trimmed(text)["input_ids"]) == tokenizer.decode(tokenizer(text)["input_ids"])
+
+
+def test_a_trimmed_tokenizer_keeps_its_template_and_end_token_when_saved(tokenizer, kept, tmp_path):
+    from transformers import AutoTokenizer
+
+    trim_tokenizer(tokenizer, kept).save_pretrained(tmp_path)
+    read = AutoTokenizer.from_pretrained(tmp_path)
+    assert (read.eos_token, read.chat_template, len(read)) == (tokenizer.eos_token, tokenizer.chat_template, len(kept))
+    assert kept[read.eos_token_id] == tokenizer.eos_token_id
+
+
+def test_the_original_tokenizer_is_left_alone(tokenizer, kept):
+    before = len(tokenizer), tokenizer(TEXTS[0])["input_ids"]
+    trim_tokenizer(tokenizer, kept)
+    assert (len(tokenizer), tokenizer(TEXTS[0])["input_ids"]) == before
+
+
+def test_more_tokens_are_kept_up_to_the_size_and_never_more_than_there_are(tokenizer, kept):
+    more = kept_tokens(tokenizer, TEXTS, len(kept) + 20)
+    assert set(kept) < set(more)
+    assert len(more) == len(kept) + 20
+    assert kept_tokens(tokenizer, TEXTS, 10**6) == list(range(len(tokenizer)))
+    assert set(kept_tokens(tokenizer, [], 0)) < set(kept)
+
+
+def test_a_trimmed_student_gives_its_kept_tokens_the_logits_of_the_whole_one(teacher, tokenizer, kept, ids):
+    trimmed_ids = torch.tensor([[kept.index(number) if number in kept else 0 for number in ids[0].tolist()]])
+    whole_ids = torch.tensor([[kept[number] for number in trimmed_ids[0].tolist()]])
+    whole, trimmed = cut_student(teacher, [0, 4]), cut_student(teacher, [0, 4], kept)
+    torch.testing.assert_close(logits(trimmed, trimmed_ids), logits(whole, whole_ids)[..., kept])
+    assert trimmed.config.vocab_size == len(kept)
+    assert kept[trimmed.config.eos_token_id] == teacher.config.eos_token_id
+
+
+def test_a_tokenizer_of_another_kind_is_refused_in_a_sentence(tokenizer):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?")))
+    with pytest.raises(StudentError, match="of the type WordLevel: expected BPE"):
+        kept_tokens(words, ["a"], 1)
+
+
+def test_tokens_that_a_tokenizer_adds_itself_get_their_new_numbers(tokenizer, kept):
+    from tokenizers.processors import TemplateProcessing
+
+    adding, end = copy.deepcopy(tokenizer), tokenizer.eos_token
+    adding.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {end}", special_tokens=[(end, tokenizer.eos_token_id)]
+    )
+    trimmed = trim_tokenizer(adding, kept[::-1])
+    assert trimmed("I")["input_ids"][-1] == trimmed.eos_token_id != tokenizer.eos_token_id

@@ -104,6 +104,15 @@ class TestLoss:
         theirs = model(input_ids=batch.ids, attention_mask=torch.ones_like(batch.ids), labels=labels).loss
         assert next_token_loss(model, batch).item() == pytest.approx(theirs.item(), abs=1e-5)
 
+    @pytest.mark.parametrize("attention", ["sdpa", "eager"])
+    def test_no_token_sees_a_later_one_whichever_attention_computes_it(self, model, rows, attention):
+        model.set_attn_implementation(attention)
+        row = rows[0]
+        changed_end = Row([*row.ids[:-2], 7, 8], row.answer_start)
+        with torch.no_grad():
+            states = [answer_states(model, make_batch([one], [0]))[:-2] for one in (row, changed_end)]
+        torch.testing.assert_close(*states)
+
     def test_padding_does_not_change_it(self, model, rows):
         short = min(range(len(rows)), key=lambda i: len(rows[i].ids))
         alone = answer_states(model, make_batch(rows, [short]))
@@ -178,10 +187,10 @@ class TestTraining:
         json.dumps(history)
 
     def test_a_step_in_parts_has_the_gradients_of_the_whole_step(self, model, rows):
-        many = rows * 4
+        many = rows * 8
         longest = max(len(row.ids) for row in many)
         assert len(many) * longest > training.MICRO_BATCH_TOKENS, "the step must need more than one part"
-        value, tokens = training._accumulate(model, many, list(range(len(many))), next_token_loss)
+        value, tokens = training.accumulate_gradients(model, many, list(range(len(many))), next_token_loss)
         parts = [p.grad.clone() for p in model.parameters() if p.requires_grad]
         model.zero_grad()
         whole = next_token_loss(model, make_batch(many, range(len(many))))
@@ -190,6 +199,29 @@ class TestTraining:
         assert tokens >= sum(len(row.ids) for row in many)
         pairs = zip(parts, (p.grad for p in model.parameters() if p.requires_grad), strict=True)
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in pairs)
+
+    def test_rounded_matrices_take_few_values_and_the_rest_stays(self):
+        matrix, vector = torch.randn(4, 64), torch.randn(64)
+        rounded = [matrix.clone(), vector.clone()]
+        training.round_weights(rounded, [matrix, vector], bits=4)
+        groups = rounded[0].reshape(-1, training.GROUP_SIZE)
+        assert all(2 < len(set(group.tolist())) <= 16 for group in groups)
+        steps = (matrix.reshape(groups.shape).amax(1) - matrix.reshape(groups.shape).amin(1)) / 15
+        assert ((rounded[0] - matrix).abs().reshape(groups.shape) <= steps[:, None] * 0.51).all()
+        assert torch.equal(rounded[1], vector)
+
+    def test_training_with_rounded_weights_helps_the_rounded_model(self, tiny_model_folder, rows):
+        losses = {}
+        for bits in (None, 2):
+            model, _ = load_torch(tiny_model_folder)
+            model.requires_grad_(False)
+            model.model.layers.requires_grad_(True)
+            train(model, rows, replace(QUICK, epochs=20, rounded_bits=bits))
+            every = list(model.parameters())
+            assert len(set(model.model.layers[0].mlp.up_proj.weight[0, :32].tolist())) > 4, "it is saved unrounded"
+            training.round_weights(every, [p.detach().clone() for p in every], bits=2)
+            losses[bits] = next_token_loss(model, make_batch(rows, range(len(rows)))).item()
+        assert losses[2] < losses[None]
 
     def test_very_few_rows_still_train_one_step(self, model, rows):
         assert len(train(model, rows[:1], replace(QUICK, epochs=0.1))) == 1
@@ -219,6 +251,7 @@ class TestRefusals:
             ("epochs", 0), ("epochs", -1), ("epochs", math.inf), ("learning_rate", 0.0), ("learning_rate", math.nan),
             ("batch_size", 0), ("batch_size", 2.5), ("max_grad_norm", 0), ("warmup_share", -0.1), ("warmup_share", 1.0),
             ("weight_decay", -1), ("trained_layers", 0), ("trained_layers", 3),
+            ("rounded_bits", 3),
         ],
     )  # fmt: skip
     def test_impossible_settings_are_refused_before_any_work(self, model, rows, setting, value):
