@@ -107,3 +107,11 @@ def small_disk(tmp_path):
 def pytest_collection_modifyitems(items):
     """Quick tests first; then the chapters, which build the artifacts that the behaviour tests read."""
     items.sort(key=lambda item: (item.get_closest_marker("slow") is not None, "test_behaviour" in item.nodeid))
+
+
+@pytest.fixture
+def loaded(tiny_model_folder):
+    """The tiny model and its tokenizer, freshly loaded: a test may train the model."""
+    from slmops_course.chat import load_torch
+
+    return load_torch(tiny_model_folder)

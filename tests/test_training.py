@@ -28,11 +28,6 @@ QUICK = TrainingSettings(epochs=2, learning_rate=5e-3, batch_size=4)
 
 
 @pytest.fixture
-def loaded(tiny_model_folder):
-    return load_torch(tiny_model_folder)
-
-
-@pytest.fixture
 def model(loaded):
     """The tiny model in fp32, its embeddings frozen and all its layers learning."""
     loaded[0].requires_grad_(False)
