@@ -13,15 +13,23 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from slmops_course.chat import MAX_NEW_TOKENS, ChatModel, Conversation
+from slmops_course.chat import MAX_NEW_TOKENS, ChatModel, Conversation, TorchChatModel
 from slmops_course.errors import CourseError
+from slmops_course.sampling import Sampler
+from slmops_course.serving import FoundryChatModel, FoundryLocal, GenAIChatModel, OpenAIChatModel
 
 WARM_UP = 2
+# Which class answers for each kind of model folder; see `open_model`.
+CHAT_MODELS = {
+    "torch": TorchChatModel,
+    "genai": GenAIChatModel,
+    "foundry": FoundryChatModel,
+    "foundry-service": OpenAIChatModel,
+}
 
 
 class BenchmarkError(CourseError):
@@ -42,25 +50,17 @@ class Speed:
 
 def open_model(kind: str, folder: Path, **options) -> ChatModel:
     """Open a model folder as the ChatModel of a kind: "torch", "genai", "foundry" or "foundry-service"."""
-    if kind == "torch":
-        from slmops_course.chat import TorchChatModel
-
-        return TorchChatModel(folder, **options)
-    if kind == "genai":
-        from slmops_course.serving import GenAIChatModel
-
-        return GenAIChatModel(folder, **options)
-    if kind in ("foundry", "foundry-service"):
+    if kind not in CHAT_MODELS:
+        raise BenchmarkError(f"There is no kind of model {kind!r}: expected one of {', '.join(CHAT_MODELS)}.")
+    if kind.startswith("foundry"):
         return _Foundry(kind, folder, **options)
-    raise BenchmarkError(f"There is no kind of model {kind!r}: expected torch, genai, foundry or foundry-service.")
+    return CHAT_MODELS[kind](folder, **options)
 
 
 class _Foundry(ChatModel):
     """Foundry Local started, one model in it, and all of it stopped on close."""
 
     def __init__(self, kind: str, folder: Path, *, schema: Mapping | None = None, data_folder: str | None = None):
-        from slmops_course.serving import FoundryChatModel, FoundryLocal, OpenAIChatModel
-
         self._scratch = tempfile.TemporaryDirectory()
         self._foundry = FoundryLocal(Path(data_folder or self._scratch.name)).__enter__()
         try:
@@ -118,8 +118,8 @@ def time_replies(model: ChatModel, conversations: Sequence[Conversation], *, max
     }
 
 
-class MemoryWatch:
-    """Samples the resident memory of this process, and if asked that of all its children together, until stopped.
+class MemoryWatch(Sampler):
+    """Samples the resident memory of this process, and if asked that of all its children together.
 
     Example:
         with MemoryWatch() as watch: …
@@ -129,12 +129,13 @@ class MemoryWatch:
     def __init__(self, *, children: bool = False, interval_s: float = 0.02):
         import psutil
 
-        self._process, self._children, self._interval_s = psutil.Process(), children, interval_s
-        self._stop = threading.Event()
+        super().__init__(interval_s=interval_s)
+        self._process, self._children = psutil.Process(), children
         self.peak_bytes = self.peak_children_bytes = 0
-        self._sample()
+        self.sample()
 
-    def _sample(self) -> None:
+    def sample(self) -> None:
+        """Raise the peaks to what is in use now."""
         import psutil
 
         self.peak_bytes = max(self.peak_bytes, self._process.memory_info().rss)
@@ -146,20 +147,6 @@ class MemoryWatch:
                 except psutil.NoSuchProcess:
                     continue
             self.peak_children_bytes = max(self.peak_children_bytes, total)
-
-    def _watch(self):
-        while not self._stop.wait(self._interval_s):
-            self._sample()
-
-    def __enter__(self):
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error):
-        self._stop.set()
-        self._thread.join()
-        self._sample()
 
 
 def give_back_memory() -> None:

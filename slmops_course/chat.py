@@ -14,6 +14,7 @@ Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "conten
 Conversation = Sequence[Message]
 
 BATCH_SIZE = 64  # messages decoded together; more costs memory and gains little on two cores
+BATCH_TOKENS = 8192  # of their prompts: long prompts are decoded by fewer at once, for the same reason
 MAX_NEW_TOKENS = 48  # the longest answer of the support desk takes 32
 
 
@@ -153,13 +154,20 @@ def load_torch(folder: Path, *, dtype: str = "float32"):
 
 
 def batches_by_length(
-    prompts: Sequence[list[int]], batch_size: int
+    prompts: Sequence[list[int]], batch_size: int, batch_tokens: int = BATCH_TOKENS
 ) -> Iterator[tuple[list[int], list[list[int]]]]:
-    """Yield `(indexes, prompts)` with prompts of like length together, so that little padding is computed."""
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-    for start in range(0, len(order), batch_size):
-        indexes = order[start : start + batch_size]
-        yield indexes, [prompts[i] for i in indexes]
+    """Yield `(indexes, prompts)` with prompts of like length together, so that little padding is computed.
+
+    A batch has at most `batch_size` prompts and, padded, at most `batch_tokens` tokens; a longer prompt comes alone.
+    """
+    indexes: list[int] = []
+    for i in sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i)):
+        if indexes and (len(indexes) == batch_size or len(prompts[i]) * (len(indexes) + 1) > batch_tokens):
+            yield indexes, [prompts[j] for j in indexes]
+            indexes = []
+        indexes.append(i)
+    if indexes:
+        yield indexes, [prompts[j] for j in indexes]
 
 
 def prompt_ids(tokenizer, conversation: Conversation) -> list[int]:

@@ -11,14 +11,15 @@ take the network away instead: a firewall rule for the process, or a network nam
 import ipaddress
 import socket
 import sys
-import threading
 import weakref
+
+from slmops_course.sampling import Sampler
 
 _logs: "weakref.WeakSet[ConnectionLog]" = weakref.WeakSet()  # the logs that are open now
 _hook_added = False
 
 
-class ConnectionLog:
+class ConnectionLog(Sampler):
     """Records the addresses this process turns to, from entering the block to leaving it.
 
     Example:
@@ -32,10 +33,9 @@ class ConnectionLog:
     """
 
     def __init__(self, *, interval_s: float = 0.02):
-        self.interval_s = interval_s
+        super().__init__(interval_s=interval_s)
         self.open_before: list[str] = []
         self._found: dict[str, bool] = {}  # address -> whether it is remote, in the order of appearance
-        self._stop = threading.Event()
 
     @property
     def all(self) -> list[str]:
@@ -54,25 +54,18 @@ class ConnectionLog:
         self._process = psutil.Process()
         self.open_before = [name for name, _ in self._open_connections()]
         _logs.add(self)
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
+        return super().__enter__()
 
     def __exit__(self, *error):
-        self._stop.set()
-        self._thread.join()
-        self._read_table()
+        super().__exit__(*error)
         _logs.discard(self)
 
     def record(self, host: str, port: int | None) -> None:
         """Note an address that was turned to."""
         self._found.setdefault(address_text(host, port), not is_loopback(host))
 
-    def _watch(self) -> None:
-        while not self._stop.wait(self.interval_s):
-            self._read_table()
-
-    def _read_table(self) -> None:
+    def sample(self) -> None:
+        """Note the connections that are in the operating system's table now."""
         for name, (host, port) in self._open_connections():
             if name not in self.open_before:
                 self.record(host, port)

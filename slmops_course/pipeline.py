@@ -11,67 +11,28 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from slmops_course import adapters, benchmark, evaluation, models, olive, optimize, students, tasks, teachers, training
+from slmops_course import (
+    adapters,
+    benchmark,
+    evaluation,
+    models,
+    olive,
+    optimize,
+    serving,
+    students,
+    tasks,
+    teachers,
+    training,
+)  # fmt: skip
 from slmops_course.artifacts import Artifact, Store
-from slmops_course.chat import TorchChatModel, load_torch
+from slmops_course.chat import TorchChatModel, load_torch, prompt_ids
 from slmops_course.errors import CourseError
 from slmops_course.models import DEFAULT_MODEL
+from slmops_course.profiles import PROFILES
 from slmops_course.tasks import Task
 from slmops_course.training import TrainingSettings
 
 COMPARED = ("alone", "sequence", "logit")
-
-
-@dataclass(frozen=True)
-class Profile:
-    """How long and on how much the path trains and measures."""
-
-    teacher: TrainingSettings  # of the base model on the labelled messages
-    comparison: TrainingSettings  # of the students that are compared, just long enough to show their difference
-    student: TrainingSettings  # of the student that goes on to be optimized and served
-    student_shape: students.StudentShape  # of every student
-    temperature: float  # of logit distillation
-    label_share: float  # the share of plain cross-entropy in the logit student's loss
-    lora: adapters.LoraSettings
-    lora_training: TrainingSettings
-    olive_rows: int  # rows that Olive's own fine-tuning pass trains on
-    olive_training: TrainingSettings  # of that pass: small batches, because it computes every token's whole distribution
-    unlabelled: int | None  # unlabelled messages the teacher labels; None: all
-    test_messages: int | None  # test messages every model is scored on; None: all
-    base_messages: int  # test messages the untuned base model is scored on, with its long prompt
-    speed_messages: int
-
-
-PROFILES = {
-    "fast": Profile(
-        teacher=TrainingSettings(epochs=2, learning_rate=8e-4, trained_layers=15),
-        comparison=TrainingSettings(epochs=0.75, learning_rate=1.5e-3),
-        student=TrainingSettings(epochs=4, learning_rate=1.5e-3, rounded_bits=4),
-        student_shape=students.StudentShape(layers=10, tokens=12_288),
-        temperature=2.0,
-        label_share=0.3,
-        lora=adapters.LoraSettings(trained_layers=15),
-        lora_training=TrainingSettings(epochs=1, learning_rate=3e-3),
-        olive_rows=192,
-        olive_training=TrainingSettings(epochs=1, learning_rate=2e-3, batch_size=4),
-        unlabelled=1134,
-        test_messages=None,
-        base_messages=52,
-        speed_messages=8,
-    ),
-}
-PROFILES["full"] = replace(
-    PROFILES["fast"],
-    teacher=TrainingSettings(epochs=4, learning_rate=2e-4, trained_layers=24),
-    comparison=TrainingSettings(epochs=3, learning_rate=1.5e-3),
-    student=TrainingSettings(epochs=10, learning_rate=1e-3, rounded_bits=4),
-    lora=adapters.LoraSettings(),
-    lora_training=TrainingSettings(epochs=3, learning_rate=3e-3),
-    olive_rows=1024,
-    unlabelled=None,
-    base_messages=516,
-    speed_messages=50,
-)
 
 
 @dataclass(frozen=True)
@@ -152,9 +113,7 @@ class Course:
 
     def lora(self) -> Artifact:
         """The base model with a LoRA adapter trained by PEFT, merged; the adapter alone is in `adapter/`."""
-        return self._train(
-            "lora", self.base(), self.task.splits["train"], self.profile.lora_training, lora=self.profile.lora
-        )
+        return self._train("lora", self.base(), self.task.splits["train"], self.profile.lora_training, lora=self.profile.lora)
 
     def olive_lora(self) -> Artifact:
         """The same job done by Olive's own fine-tuning pass, on the profile's number of rows."""
@@ -167,9 +126,7 @@ class Course:
 
             work = (folder / "work").resolve()
             work.mkdir()
-            rows = olive.write_conversations(
-                work / "rows.jsonl", self.task, examples, AutoTokenizer.from_pretrained(base.path)
-            )
+            rows = olive.write_conversations(work / "rows.jsonl", self.task, examples, AutoTokenizer.from_pretrained(base.path))
             config = olive.olive_config(
                 model=base.path.resolve(), output=work / "out", passes=adapters.olive_lora_passes(lora, settings), rows=rows
             )
@@ -239,7 +196,7 @@ class Course:
         settings = {"kind": contender.kind, "shots": contender.shots, "messages": len(examples), "options": options}
         return self._build(
             f"outcomes-{_slug(name)}", settings, {"model": contender.artifact, **tasks.task_inputs(self.task)}, write,
-            evaluation.judge,
+            evaluation.judge, benchmark.CHAT_MODELS[contender.kind], serving.json_grammar, serving.bare_schema,
         )  # fmt: skip
 
     def speed(self, name: str) -> benchmark.Speed:
@@ -255,7 +212,7 @@ class Course:
         settings = {"kind": contender.kind, "shots": contender.shots, "messages": len(examples)}
         artifact = self._build(
             f"speed-{_slug(name)}", settings, {"model": contender.artifact, **tasks.task_inputs(self.task)}, write,
-            benchmark.time_replies, benchmark.MemoryWatch,
+            benchmark.time_replies, benchmark.MemoryWatch, benchmark.CHAT_MODELS[contender.kind],
         )  # fmt: skip
         return benchmark.Speed(**artifact.json("speed.json"))
 
@@ -312,7 +269,7 @@ class Course:
                 adapters.forget_base_folder(folder / "adapter")
             return measured
 
-        recipe = {"training": asdict(settings), "examples": len(examples)}
+        recipe = {"training": asdict(settings), "examples": len(examples), "numbers": training.numbers()}
         inputs = {"source": source, **tasks.task_inputs(self.task)}
         if labels:
             inputs["labels"] = self.labels()
@@ -323,13 +280,7 @@ class Course:
             recipe |= {"temperature": profile.temperature, "label_share": profile.label_share}
         if lora:
             recipe["lora"] = asdict(lora)
-        code = (
-            train_model, task_texts, teacher_states, training.train, training.answer_states, training.answer_logits,
-            training.next_token_loss, training.distillation_loss, training.accumulate_gradients, training.update_weights,
-            training.round_weights, training.freeze_below, students.cut_student, students.kept_layers,
-            students.kept_tokens, adapters.add_lora,
-        )  # fmt: skip
-        return self._build(stage, recipe, inputs, write, *code)
+        return self._build(stage, recipe, inputs, write, *TRAINING_CODE)
 
 
 def open_course(
@@ -423,3 +374,14 @@ def few_shots(task: Task, count: int) -> list[tasks.Example]:
 
 def _slug(name: str) -> str:
     return name.replace(" ", "-")
+
+
+# What decides the result of training, besides settings and data.
+TRAINING_CODE = (
+    train_model, task_texts, teacher_states, training.train, training.encode_rows, training.make_batch,
+    training.batch_indexes, training.answer_states, training.first_trained_layer, training.answer_logits,
+    training.project, training.next_token_loss, training.distillation_loss, training.accumulate_gradients,
+    training.update_weights, training.copy_weights, training.round_weights, training.freeze_below, prompt_ids,
+    students.cut_student, students.renumber, students.kept_layers, students.kept_tokens, students.trim_tokenizer,
+    students.save_model, adapters.add_lora,
+)  # fmt: skip

@@ -116,7 +116,7 @@ def cut_student(teacher, layers: list[int], tokens: Sequence[int] | None = None)
         number = {old: new for new, old in enumerate(tokens)}
         for settings in (config, generation):
             for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-                _renumber(settings, name, number)
+                renumber(settings, name, number)
     with torch.device("meta"):
         student = type(teacher)(config)
     weights = {}
@@ -137,7 +137,8 @@ def cut_student(teacher, layers: list[int], tokens: Sequence[int] | None = None)
     return student
 
 
-def _renumber(settings, name: str, number: dict[int, int]) -> None:
+def renumber(settings, name: str, number: dict[int, int]) -> None:
+    """Replace the token ids under a name in a model's configuration by their new numbers."""
     value = getattr(settings, name, None)
     if isinstance(value, list):
         setattr(settings, name, [number[one] for one in value])

@@ -2,6 +2,7 @@
 
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -114,7 +115,9 @@ def shingles(text: str) -> set[str]:
     Example: "Card lost!" -> {"card ", "ard l", "rd lo", "d los", " lost"}
     Source: Broder, "On the resemblance and containment of documents", 1997.
     """
-    plain = " ".join(re.findall(r"\w+", text.lower()))
+    # Marks are part of a letter: in Indian scripts they are its vowel.
+    kept = (c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in text.lower())
+    plain = " ".join("".join(kept).split())
     return {plain[i : i + SHINGLE_CHARS] for i in range(max(1, len(plain) - SHINGLE_CHARS + 1))}
 
 

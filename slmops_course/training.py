@@ -10,7 +10,7 @@ step that would fill the memory is computed in parts.
 import itertools
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from slmops_course.chat import prompt_ids
@@ -20,7 +20,13 @@ from slmops_course.tasks import Example, Task
 PAD_TO = 8  # rows of a batch are padded to a multiple of so many tokens
 GROUP_SIZE = 32  # weights that share one scale when they are rounded; `optimize` quantizes by the same groups
 WEIGHTS_AT_ONCE = 16  # weights that one optimizer moves
+PROJECT_BY = 64  # answer tokens are projected onto the vocabulary in multiples of so many
 MICRO_BATCH_TOKENS = 1100  # about so many tokens go through the model at once: activations dominate the memory
+
+
+def numbers() -> dict[str, int]:
+    """This module's constants that decide a result, for an artifact's key."""
+    return {name: globals()[name] for name in ("PAD_TO", "GROUP_SIZE", "WEIGHTS_AT_ONCE", "PROJECT_BY", "MICRO_BATCH_TOKENS")}
 
 
 class TrainingError(CourseError):
@@ -139,15 +145,19 @@ def first_trained_layer(model) -> int:
 
 
 def answer_logits(model, batch: Batch):
-    """The model's logits where answer tokens are predicted, in fp32; shape (answer tokens, vocabulary).
+    """The model's logits where answer tokens are predicted, in fp32; shape (answer tokens, vocabulary)."""
+    return project(answer_states(model, batch), model.lm_head)
 
-    They are computed for a multiple of 64 tokens: oneDNN keeps a kernel, and memory, for every number it meets.
+
+def project(states, head: Callable):
+    """The logits, in fp32, that a head makes of final hidden states; shapes (tokens, hidden size), (tokens, vocabulary).
+
+    They are computed for a multiple of PROJECT_BY tokens: oneDNN keeps a kernel, and memory, for every number it meets.
     """
     import torch
 
-    states = answer_states(model, batch)
-    padded = torch.nn.functional.pad(states, (0, 0, 0, -len(states) % 64))
-    return model.lm_head(padded)[: len(states)].float()
+    padded = torch.nn.functional.pad(states, (0, 0, 0, -len(states) % PROJECT_BY))
+    return head(padded)[: len(states)].float()
 
 
 def next_token_loss(model, batch: Batch):
@@ -176,8 +186,7 @@ def distillation_loss(teacher_states: Sequence, teacher_head, *, temperature: fl
     def loss(model, batch: Batch):
         with torch.no_grad():
             states = torch.cat([teacher_states[i] for i in batch.indexes])
-            padded = functional.pad(states, (0, 0, 0, -len(states) % 64))
-            wanted = functional.log_softmax((padded @ teacher_head.T)[: len(states)].float() / temperature, dim=-1)
+            wanted = functional.log_softmax(project(states, lambda rows: rows @ teacher_head.T) / temperature, dim=-1)
         logits = answer_logits(model, batch)
         given = functional.log_softmax(logits / temperature, dim=-1)
         divergence = functional.kl_div(given, wanted, log_target=True, reduction="batchmean")
@@ -192,7 +201,8 @@ def train(model, rows: Sequence[Row], settings: TrainingSettings, *, loss: Calla
 
     The same model, rows and settings give the same weights on the same machine. Raises TrainingError for settings
     that cannot work, before any work starts, and when the loss stops being a number. With `rounded_bits`, the last third
-    of the steps computes with rounded weights; the model that is left has the unrounded ones.
+    of the steps computes with rounded weights. The model that is left is in fp32, with the weights as the optimizer had
+    them, not rounded.
     """
     import torch
     from transformers import get_linear_schedule_with_warmup
@@ -201,8 +211,8 @@ def train(model, rows: Sequence[Row], settings: TrainingSettings, *, loss: Calla
     torch.manual_seed(settings.seed)
     rng = random.Random(settings.seed)
     weights = [p for p in model.parameters() if p.requires_grad]
-    rounded = list(model.parameters()) if settings.rounded_bits else []  # those that do not learn are rounded too
-    apart = {p: p.detach().float().clone() for p in {*weights, *rounded} if p.dtype != torch.float32 or rounded}
+    due = list(model.parameters()) if settings.rounded_bits else []  # to be rounded
+    apart = {p: p.detach().float().clone() for p in {*weights, *due} if p.dtype != torch.float32 or due}
     masters = [apart.get(p, p) for p in weights]
     # One optimizer for every few weights: they step in turn, so that few gradients are held in fp32 at once.
     optimizers = [
@@ -231,10 +241,12 @@ def train(model, rows: Sequence[Row], settings: TrainingSettings, *, loss: Calla
             for schedule in schedules:
                 schedule.step()
             if settings.rounded_bits and 3 * (len(history) + 1) >= 2 * total:
-                round_weights(rounded, [apart[p] for p in rounded], bits=settings.rounded_bits)
+                round_weights(due, [apart[p] for p in due], bits=settings.rounded_bits)
+                due = weights  # those that do not learn stay rounded
             step = len(history)
             history.append({"step": step, "epoch": step / steps_an_epoch, "loss": value, "tokens": tokens})
-    copy_weights([apart[p] for p in rounded], rounded)
+    model.float()
+    copy_weights(apart.values(), apart.keys())
     model.set_attn_implementation(attention)
     model.eval()
     return history
@@ -280,7 +292,7 @@ def update_weights(optimizers: Sequence, weights: Sequence, masters: Sequence, m
         optimizer.zero_grad(set_to_none=True)
 
 
-def copy_weights(masters: Sequence, weights: Sequence) -> None:
+def copy_weights(masters: Iterable, weights: Iterable) -> None:
     """Put the masters' values into the weights that the model computes with."""
     import torch
 
@@ -371,4 +383,3 @@ def has_fast_bfloat16() -> bool:
 def fast_dtype() -> str:
     """The number format in which this CPU trains and scores fastest: "bfloat16" or "float32"."""
     return "bfloat16" if has_fast_bfloat16() else "float32"
-

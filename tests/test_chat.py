@@ -196,6 +196,12 @@ def test_batches_hold_prompts_of_like_length_and_every_prompt_once():
     assert list(batches_by_length([], 2)) == []
 
 
+def test_long_prompts_share_a_batch_with_fewer_and_the_longest_comes_alone():
+    prompts = [[1] * length for length in (4, 9, 3, 30, 4)]
+    batches = [indexes for indexes, _ in batches_by_length(prompts, 64, batch_tokens=12)]
+    assert batches == [[2, 0, 4], [1], [3]]
+
+
 def test_decoding_stops_at_the_end_token(chat):
     words = chat.tokenizer("lost card", add_special_tokens=False)["input_ids"]
     end, pad = chat.tokenizer.eos_token_id, chat.tokenizer.pad_token_id

@@ -7,7 +7,8 @@ import pytest
 from slmops_course.adapters import LoraSettings
 from slmops_course.artifacts import Store, check_artifact
 from slmops_course.errors import CourseError
-from slmops_course.pipeline import PROFILES, Course, Profile, few_shots, open_course, teacher_states
+from slmops_course.pipeline import Course, few_shots, open_course, teacher_states
+from slmops_course.profiles import PROFILES, Profile
 from slmops_course.students import StudentShape
 from slmops_course.tasks import load_task
 from slmops_course.training import TrainingSettings

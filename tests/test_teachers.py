@@ -135,6 +135,11 @@ def test_shingles_ignore_case_and_punctuation():
     assert teachers.shingles("CARD, lost?") == teachers.shingles("card lost")
 
 
+def test_shingles_keep_the_vowel_signs_of_indian_scripts():
+    assert teachers.shingles("कार्ड!") == {"कार्ड"}
+    assert teachers.shingles("पैसा गया") != teachers.shingles("पीसी गयी")
+
+
 def test_a_text_shorter_than_a_shingle_is_one_shingle():
     assert teachers.shingles("PIN") == {"pin"}
     assert teachers.shingles("") == {""}

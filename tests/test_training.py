@@ -218,6 +218,26 @@ class TestTraining:
             losses[bits] = next_token_loss(model, make_batch(rows, range(len(rows)))).item()
         assert losses[2] < losses[None]
 
+    def test_the_model_that_is_left_has_the_optimizers_own_weights_in_fp32(self, tiny_model_folder, rows):
+        model, _ = load_torch(tiny_model_folder, dtype="bfloat16")
+        model.requires_grad_(False)
+        model.model.layers.requires_grad_(True)
+        train(model, rows, QUICK)
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        learned = model.model.layers[0].mlp.up_proj.weight
+        assert not torch.equal(learned, learned.bfloat16().float()), "weights were left as bfloat16 holds them"
+
+    def test_weights_that_do_not_learn_are_rounded_once_and_given_back(self, tiny_model_folder, rows, monkeypatch):
+        sizes = []
+        monkeypatch.setattr(training, "round_weights", lambda weights, masters, bits: sizes.append(len(weights)))
+        model, _ = load_torch(tiny_model_folder)
+        model.requires_grad_(False)
+        model.model.layers[-1].requires_grad_(True)
+        train(model, rows, replace(QUICK, epochs=3, rounded_bits=4))
+        every, learned = len(list(model.parameters())), len(list(model.model.layers[-1].parameters()))
+        assert sizes[0] == every
+        assert set(sizes[1:]) == {learned}
+
     def test_very_few_rows_still_train_one_step(self, model, rows):
         assert len(train(model, rows[:1], replace(QUICK, epochs=0.1))) == 1
 
