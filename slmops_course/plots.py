@@ -81,6 +81,22 @@ def plot_lines(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, 
     return figure
 
 
+def plot_reliability(calibration, *, title: str):
+    """How sure a model was against how often it was right; `calibration` is a textmetrics.Calibration.
+
+    Points on the diagonal are well calibrated; each carries the number of answers in its bin.
+    """
+    figure, axes = new_figure(title, "how sure the model was (%)", "how often it was right (%)", size=(5.5, 5))
+    axes.plot([0, 100], [0, 100], color="#888888", linestyle="--", label="as often right as sure")
+    sure, right = ([100 * getattr(b, name) for b in calibration.bins] for name in ("confidence", "accuracy"))
+    axes.plot(sure, right, color=COLOURS[0], marker="o", label="this model")
+    for x, y, one in zip(sure, right, calibration.bins, strict=True):
+        axes.annotate(f"{one.count:,}", (x, y), textcoords="offset points", xytext=(6, -12), fontsize=8)
+    axes.set(xlim=(0, 104), ylim=(0, 104))
+    axes.legend(frameon=False, loc="upper left")
+    return figure
+
+
 def new_figure(title: str, xlabel: str, ylabel: str, *, size: tuple[float, float] = (7, 4)):
     """An empty figure and its axes, with title and axis labels set."""
     from matplotlib.figure import Figure

@@ -7,8 +7,8 @@ A task is a folder:
     train.jsonl       rows {"id": …, "text": …, "answer": {…}}; dev.jsonl and test.jsonl likewise
     unlabelled.jsonl  rows {"id": …, "text": …}
 
-The bundled task is the support desk. A folder with `train.csv` and `test.csv` (columns text, category), such as
-Banking77, is turned into a task folder first.
+The bundled task is the support desk; two small desks lie beside it. A folder with `train.csv` and `test.csv` (columns
+text, category), such as Banking77, is turned into a task folder first.
 """
 
 import csv
@@ -26,6 +26,7 @@ from slmops_course.chat import Message
 from slmops_course.errors import CourseError
 
 BUNDLED_TASK = "support_desk"
+SMALL_DESKS = ("clinic", "repair_shop")  # bundled too: a few hundred messages each, for several adapters on one base
 SPLITS = ("train", "dev", "test", "unlabelled")
 MAX_MESSAGE_CHARS = 2000
 DATA_FOLDER = Path(__file__).parent / "data"
@@ -155,12 +156,12 @@ def answer_problem(answer, fields: Mapping[str, tuple[str, ...]]) -> str | None:
 
 
 def load_task(source: str | Path = BUNDLED_TASK, *, store: Store | None = None) -> Task:
-    """Read the bundled task, a task folder, a folder of CSV files, or `hub:OWNER/NAME`.
+    """Read a bundled task by its name, a task folder, a folder of CSV files, or `hub:OWNER/NAME`.
 
     Rows that cannot be used are kept in `rejected`, each with its file and line; the good ones are used.
     Raises TaskError when the folder is no task or a split has no usable row.
     """
-    folder = DATA_FOLDER / BUNDLED_TASK if str(source) == BUNDLED_TASK else Path(source)
+    folder = DATA_FOLDER / source if str(source) in (BUNDLED_TASK, *SMALL_DESKS) else Path(source)
     rejected: list[Rejected] = []
     if str(source).startswith("hub:"):
         folder = _store(store, source).build(

@@ -8,7 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from slmops_course.chat import MAX_NEW_TOKENS, ChatModel, Conversation, decode_reply, prompt_ids
+from slmops_course.chat import (
+    MAX_NEW_TOKENS,
+    ChatModel,
+    Conversation,
+    RecordedChatModel,
+    decode_reply,
+    prompt_ids,
+)
 from slmops_course.errors import CourseError
 from slmops_course.evaluation import ask_all
 from slmops_course.tasks import Example, Rejected, Task, TaskError
@@ -95,6 +102,21 @@ def load_key(path: Path) -> dict[str, dict]:
             )
         key[identifier] = answer
     return key
+
+
+def recorded_teacher(task: Task) -> RecordedChatModel:
+    """A teacher that is not here: the answers in the task's `unlabelled_key.jsonl`, by the unlabelled messages' texts.
+
+    For the bundled desk these come from the large language model that wrote the messages.
+    Raises TeacherError for a task without a key.
+    """
+    key = load_key(task.folder / "unlabelled_key.jsonl")
+    if not key:
+        raise TeacherError(
+            f"The task {task.name} has no unlabelled_key.jsonl: expected a teacher's recorded answers in it; ask a model "
+            "instead, such as course.teacher()."
+        )
+    return RecordedChatModel({e.text: task.target(key[e.id]) for e in task.splits["unlabelled"] if e.id in key})
 
 
 def label_accuracy(labelled: Labelled, key: Mapping[str, Mapping[str, str]]) -> dict[str, float]:

@@ -10,9 +10,9 @@ PACKAGE = Path(__file__).parent.parent / "slmops_course"
 
 # From the first stage to what joins them. A module may import those above it.
 ORDER = (
-    "errors", "sampling", "network", "artifacts", "models", "chat", "tasks", "training", "evaluation", "teachers",
-    "students", "adapters", "olive", "optimize", "serving", "benchmark", "sizing", "profiles", "pipeline", "plots",
-    "report", "doctor", "authoring.execute", "authoring", "cli",
+    "errors", "sampling", "network", "artifacts", "models", "chat", "tasks", "training", "evaluation", "textmetrics",
+    "teachers", "endpoints", "rehearsal", "validation", "students", "adapters", "olive", "optimize", "serving",
+    "benchmark", "sizing", "profiles", "pipeline", "plots", "report", "doctor", "authoring.execute", "authoring", "cli",
 )  # fmt: skip
 
 

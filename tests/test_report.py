@@ -7,6 +7,7 @@ import pytest
 from slmops_course import plots
 from slmops_course.evaluation import Score
 from slmops_course.report import COLUMNS, format_scoreboard, markdown_scoreboard, scoreboard_frame, write_report
+from slmops_course.textmetrics import calibration
 
 
 def row(name: str, value: float, size: int) -> dict:
@@ -68,6 +69,7 @@ def figures(rows):
         "losses": plots.plot_losses({"a": history, "b": history}, title="Loss"),
         "scores": plots.plot_scores({"a": Score(0.5, 0.5, 0.5, 4)}, title="Scores"),
         "bars": plots.plot_bars({"a": 1.0, "b": 2.0}, title="Bars", xlabel="MB"),
+        "reliability": plots.plot_reliability(calibration([0.2, 0.9, 0.9], [False, True, True]), title="Reliability"),
         "lines": plots.plot_lines({"a": ([1, 2], [3, 4])}, title="Lines", xlabel="x (s)", ylabel="y (MB)"),
     }
 

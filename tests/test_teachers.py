@@ -4,7 +4,7 @@ import pytest
 
 from slmops_course import teachers
 from slmops_course.chat import RecordedChatModel, load_torch
-from slmops_course.tasks import Example, Rejected, TaskError
+from slmops_course.tasks import Example, Rejected, TaskError, load_task
 from slmops_course.teachers import Labelled
 
 TAXI, SELLER, BREAD = (
@@ -187,3 +187,16 @@ def test_sampling_at_a_high_temperature_varies_and_repeats_with_its_seed(loaded,
 def test_a_negative_sampling_temperature_is_refused(loaded, tiny_task):
     with pytest.raises(teachers.TeacherError, match=r"-0\.5: expected 0 or more"):
         teachers.sample_answers(*loaded, tiny_task.messages(TAXI), temperature=-0.5)
+
+
+def test_the_recorded_teacher_gives_the_answers_of_the_key():
+    task = load_task()
+    teacher = teachers.recorded_teacher(task)
+    labelled = teachers.label_messages(task.splits["unlabelled"], teacher, task)
+    assert labelled.rejected == ()
+    assert teachers.label_accuracy(labelled, teachers.load_key(task.folder / "unlabelled_key.jsonl"))["exact_match"] == 1
+
+
+def test_a_task_without_a_key_has_no_recorded_teacher(tiny_task):
+    with pytest.raises(teachers.TeacherError, match=r"no unlabelled_key.jsonl: expected .*course.teacher"):
+        teachers.recorded_teacher(tiny_task)
