@@ -1,6 +1,7 @@
 """LoRA with PEFT, a search for its settings with Optuna, and Olive's own fine-tuning pass for the same job."""
 
 import contextlib
+import hashlib
 import json
 import warnings
 from collections.abc import Sequence
@@ -129,13 +130,17 @@ def linear_shapes(config) -> dict[str, tuple[int, int]]:
 
 
 def search_lora(
-    folder: Path, rows: Sequence[Row], held_out: Sequence[Row], *, trials: int = 6, rounds: int = 4, seed: int = 0
-):
+    folder: Path, rows: Sequence[Row], held_out: Sequence[Row], *, trials: int = 6, rounds: int = 4, seed: int = 0,
+    storage: Path | None = None,
+):  # fmt: skip
     """Let Optuna look for an adapter's rank and learning rate; returns its study, lower loss on `held_out` being better.
 
     The first three trials are random, the others near what did well. A trial trains in rounds of two epochs and reports
     the held-out loss after each. One that is behind the median of the earlier trials at the same round is pruned: it
     ends there, and its time goes to the next one.
+
+    With `storage`, a file, finished trials are kept in it, and a search that was stopped goes on from there until there are
+    `trials` of them. Trials on other rows are kept apart in the same file.
     Source: Akiba et al., "Optuna", 2019, https://arxiv.org/abs/1907.10902
     """
     import optuna
@@ -161,8 +166,17 @@ def search_lora(
         return loss
 
     pruner = optuna.pruners.MedianPruner(n_startup_trials=2, n_warmup_steps=0)
-    study = optuna.create_study(sampler=optuna.samplers.TPESampler(n_startup_trials=3, seed=seed), pruner=pruner)
-    study.optimize(objective, n_trials=trials)
+    kept = None
+    if storage is not None:
+        storage.parent.mkdir(parents=True, exist_ok=True)
+        kept = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(storage)))
+    content = json.dumps([[row.ids for row in part] for part in (rows, held_out)])
+    name = f"lora-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+    study = optuna.create_study(study_name=name, storage=kept, load_if_exists=True, pruner=pruner)
+    finished = sum(trial.state.is_finished() for trial in study.trials)
+    # A sampler begins its random numbers anew: one that goes on must not propose again what was tried already.
+    study.sampler = optuna.samplers.TPESampler(n_startup_trials=3, seed=seed + finished)
+    study.optimize(objective, n_trials=max(0, trials - finished))
     return study
 
 

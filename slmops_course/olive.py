@@ -1,6 +1,7 @@
 """Running Microsoft Olive: what all of its configurations share, and the process it runs in."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -62,10 +63,16 @@ def run_olive(config: Mapping, work: Path) -> None:
     """Run `olive run` on a configuration, in a process of its own, without telemetry and without a hub."""
     path = work / "config.json"
     path.write_text(json.dumps(config, indent=1), "utf-8")
-    done = subprocess.run(
-        [sys.executable, "-m", "olive", "run", "--config", str(path)],
-        capture_output=True, text=True, env=_environment(work), cwd=work,
-    )  # fmt: skip
+    run_process(["-m", "olive", "run", "--config", str(path)], work)
+
+
+def run_process(arguments: Sequence[str], work: Path) -> None:
+    """Run this Python with arguments that start Olive, in a work folder, and keep what it says in `olive.log` there.
+
+    Raises OliveError, with Olive's own last words, when it fails.
+    """
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=_environment(work), cwd=work)
     (work / "olive.log").write_text(done.stdout + done.stderr, "utf-8")
     if done.returncode:
         lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
@@ -92,6 +99,42 @@ def plan_of_optimize(model: Path, *, precision: str = "int4") -> dict:
                 "run `slmops doctor` to see whether a version disagrees with the pins."
             )
         return portable(json.loads((work / "config.json").read_text("utf-8")), WORK=work, MODEL=model)
+
+
+def finetune_three_ways(model: Path, rows: Path, folder: Path, *, rank: int, alpha: int, max_tokens: int) -> list[dict]:
+    """Fine-tune a model by Olive's command, by a configuration file, and from Python; each adapter is in `folder/MANNER`.
+
+    Returns one row a manner: {"manner", "command", "parameters" (of the adapter)}, with folders as names. The command writes
+    the configuration that the other two carry out. Olive seeds the order of the rows and not the adapter's first weights,
+    so the three learn the same without being equal.
+    """
+    from safetensors import safe_open
+
+    config = "config.json"
+    manners = {
+        "command": [
+            "-m", "olive", "finetune", "-m", str(model.resolve()), "-d", "json", "--data_files", str(rows.resolve()),
+            "--text_field", "text", "--max_seq_len", str(max_tokens), "--method", "lora", "--lora_r", str(rank),
+            "--lora_alpha", str(alpha), "--torch_dtype", "float32", "-o", "out", "--save_config_file", "--disable_telemetry",
+        ],
+        "file": ["-m", "olive", "run", "--config", config],
+        "python": ["-c", f"from olive.workflows import run; run({config!r})"],
+    }  # fmt: skip
+    found, written = [], {}
+    for manner, arguments in manners.items():
+        work = (folder / manner / "work").resolve()
+        work.mkdir(parents=True)
+        if manner != "command":
+            (work / config).write_text(json.dumps(written | {"output_dir": str(work / "out")}), "utf-8")
+        run_process(arguments, work)
+        if manner == "command":
+            written = json.loads((work / "out" / config).read_text("utf-8"))
+        collect(work, folder / manner, marker="adapter_config.json", config=written, model=model)
+        with safe_open(folder / manner / "adapter_model.safetensors", "np") as adapter:
+            count = sum(math.prod(adapter.get_slice(name).get_shape()) for name in adapter.keys())  # noqa: SIM118
+        line = portable({"line": " ".join(["python", *arguments])}, MODEL=model, ROWS=rows)["line"]
+        found.append({"manner": manner, "command": line, "parameters": count})
+    return found
 
 
 def _environment(work: Path) -> dict[str, str]:

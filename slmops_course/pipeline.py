@@ -5,6 +5,7 @@ it itself.
 """
 
 import json
+import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,17 +16,19 @@ from slmops_course import (
     adapters,
     benchmark,
     evaluation,
+    general,
     models,
     olive,
     optimize,
     serving,
-    students,
     tasks,
     teachers,
+    textmetrics,
     training,
+    tuning,
 )  # fmt: skip
 from slmops_course.artifacts import Artifact, Store
-from slmops_course.chat import TorchChatModel, load_torch, prompt_ids
+from slmops_course.chat import TorchChatModel, load_torch
 from slmops_course.errors import CourseError
 from slmops_course.models import DEFAULT_MODEL
 from slmops_course.profiles import PROFILES
@@ -83,6 +86,30 @@ class Course:
             write, teachers.label_messages,
         )  # fmt: skip
 
+    def label_checks(self) -> Artifact:
+        """What a filter can judge the teacher's labels by: `checks.json` holds, by message id, the probability that the
+        teacher gives its own answer ("confidence"), and for some messages three answers drawn at random ("samples").
+        """
+        teacher, labels = self.teacher(), self.labels()
+        dtype, kept = training.fast_dtype(), self._labelled()
+        sampled = kept[: self.profile.sampled_messages]
+
+        def write(folder: Path):
+            model, tokenizer = load_torch(teacher.path, dtype=dtype)
+            logs = textmetrics.log_probabilities(model, training.encode_rows(tokenizer, self.task, kept))
+            asks = [self.task.messages(example.text) for example in sampled]
+            answers = teachers.sample_answers(model, tokenizer, asks, temperature=1.0)
+            checks = {
+                "confidence": {example.id: math.exp(log) for example, log in zip(kept, logs, strict=True)},
+                "samples": {example.id: replies for example, replies in zip(sampled, answers, strict=True)},
+            }
+            (folder / "checks.json").write_text(json.dumps(checks), "utf-8")
+
+        return self._build(
+            "label-checks", {"sampled": len(sampled), "dtype": dtype}, {"teacher": teacher, "labels": labels}, write,
+            textmetrics.log_probabilities, teachers.sample_answers,
+        )  # fmt: skip
+
     def compared_student(self, kind: str) -> Artifact:
         """A student trained for a short time: "alone", on "sequence"-level labels, or on the teacher's "logit"s as well.
 
@@ -136,6 +163,26 @@ class Course:
         return self._build(
             "olive-lora", {"lora": asdict(lora), "training": asdict(settings), "rows": len(examples)},
             {"base": base, **tasks.task_inputs(self.task)}, write, adapters.olive_lora_passes, olive.olive_config,
+        )  # fmt: skip
+
+    def olive_manners(self) -> Artifact:
+        """Olive's fine-tuning by command, by file and from Python, each run on a toy: see `manners.json` in it."""
+        examples = sorted(self.task.splits["train"], key=lambda example: (len(example.text), example.id))[:16]
+
+        def write(folder: Path):
+            from transformers import AutoTokenizer
+
+            texts = [self.task.prompt, *(text for e in examples for text in (e.text, self.task.target(e.answer)))]
+            toy = models.write_tiny_model(folder / "toy", texts=texts)
+            rows = olive.write_conversations(
+                folder / "rows.jsonl", self.task, examples, AutoTokenizer.from_pretrained(toy)
+            )
+            found = olive.finetune_three_ways(toy, rows, folder, rank=8, alpha=16, max_tokens=32)
+            (folder / "manners.json").write_text(json.dumps(found), "utf-8")
+
+        return self._build(
+            "olive-manners", {"rows": len(examples)}, tasks.task_inputs(self.task), write, olive.finetune_three_ways,
+            models.write_tiny_model,
         )  # fmt: skip
 
     def onnx(self, recipe: str) -> Artifact:
@@ -216,6 +263,22 @@ class Course:
         )  # fmt: skip
         return benchmark.Speed(**artifact.json("speed.json"))
 
+    def knowledge(self, name: str) -> list[general.Knowledge]:
+        """What a PyTorch contender answers to questions about the world, without the task's prompt: has it forgotten?"""
+        contender = self._contender(name)
+
+        def write(folder: Path):
+            with benchmark.open_model(contender.kind, contender.artifact.path, dtype=training.fast_dtype()) as chat:
+                found = general.ask_questions(chat, general.load_questions())
+            (folder / "knowledge.json").write_text(json.dumps([asdict(one) for one in found], ensure_ascii=False), "utf-8")
+
+        artifact = self._build(
+            f"knowledge-{_slug(name)}", {"kind": contender.kind, "dtype": training.fast_dtype()},
+            {"model": contender.artifact, "questions": general.QUESTIONS}, write, general.ask_questions, general.says,
+            benchmark.CHAT_MODELS[contender.kind],
+        )  # fmt: skip
+        return [general.Knowledge(**one) for one in artifact.json("knowledge.json")]
+
     def scoreboard(self, names: Sequence[str] | None = None) -> list[dict]:
         """One row a contender: scores with intervals, size, memory and speed. Size and memory are in bytes."""
         rows = []
@@ -261,7 +324,7 @@ class Course:
         profile = self.profile
 
         def write(folder: Path):
-            measured = train_model(
+            measured = tuning.train_model(
                 folder, source=source.path, task=self.task, examples=examples, settings=settings, freeze=freeze, shape=shape,
                 soft=(soft.path, profile.temperature, profile.label_share) if soft else None, lora=lora,
             )  # fmt: skip
@@ -280,7 +343,7 @@ class Course:
             recipe |= {"temperature": profile.temperature, "label_share": profile.label_share}
         if lora:
             recipe["lora"] = asdict(lora)
-        return self._build(stage, recipe, inputs, write, *TRAINING_CODE)
+        return self._build(stage, recipe, inputs, write, *tuning.TRAINING_CODE)
 
 
 def open_course(
@@ -296,74 +359,6 @@ def open_course(
     return Course(store, tasks.load_task(task, store=store), profile=profile, model=model)
 
 
-def train_model(folder: Path, *, source: Path, task: Task, examples, settings, freeze, shape, soft, lora) -> dict:
-    """Load a model, cut it if asked, train it on the examples and save it with its history; returns measurements."""
-    model, tokenizer = load_torch(source, dtype=training.fast_dtype())
-    tokens = None
-    if shape:
-        tokens = students.kept_tokens(tokenizer, task_texts(tokenizer, task), shape.tokens)
-        model = students.cut_student(model, students.kept_layers(len(model.model.layers), shape.layers), tokens)
-    loss = training.next_token_loss
-    if soft:
-        teacher_folder, temperature, label_share = soft
-        states, head = teacher_states(teacher_folder, training.encode_rows(tokenizer, task, examples), tokens)
-        loss = training.distillation_loss(states, head, temperature=temperature, label_share=label_share)
-    if shape:
-        tokenizer = students.trim_tokenizer(tokenizer, tokens)
-    rows = training.encode_rows(tokenizer, task, examples)
-    tuned = adapters.add_lora(model, lora) if lora else None
-    if tuned is None:
-        freeze(model, settings.trained_layers)
-    learns, total = adapters.trainable_parameters(model)
-    with benchmark.MemoryWatch() as watch:
-        history = training.train(model, rows, settings, loss=loss)
-    (folder / "history.json").write_text(json.dumps(history), "utf-8")
-    if tuned is not None:
-        tuned.save_pretrained(folder / "adapter")
-        model = tuned.merge_and_unload()
-    students.save_model(model, tokenizer, folder)
-    return {
-        "trained_parameters": learns,
-        "parameters": total,
-        "tokens": sum(step["tokens"] for step in history),
-        "peak_process_bytes": watch.peak_bytes,
-    }
-
-
-def task_texts(tokenizer, task: Task) -> list[str]:
-    """Every message to learn from as the model reads it, every labelled answer, and every value an answer may have."""
-    examples = [*task.splits["train"], *task.splits["unlabelled"]]
-    prompts = [
-        tokenizer.apply_chat_template(list(task.messages(example.text)), tokenize=False, add_generation_prompt=True)
-        for example in examples
-    ]
-    most = max(len(values) for values in task.fields.values())
-    answers = [{name: values[i % len(values)] for name, values in task.fields.items()} for i in range(most)]
-    return [*prompts, *(task.target(answer) for answer in [*answers, *(e.answer for e in examples if e.answer)])]
-
-
-def teacher_states(folder: Path, rows: Sequence[training.Row], tokens: Sequence[int] | None = None):
-    """The teacher's final hidden states where each row's answer is predicted, and its head; see `distillation_loss`.
-
-    With `tokens`, the head's rows for these tokens only: what a student with a trimmed vocabulary can learn.
-    """
-    import torch
-
-    teacher, _ = load_torch(folder, dtype=training.fast_dtype())
-    teacher.requires_grad_(False)
-    states: list = [None] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
-    with torch.inference_mode():
-        for start in range(0, len(order), 32):
-            indexes = order[start : start + 32]
-            batch = training.make_batch(rows, indexes)
-            sizes = [len(rows[i].ids) - rows[i].answer_start for i in indexes]
-            for index, state in zip(indexes, training.answer_states(teacher, batch).split(sizes), strict=True):
-                states[index] = state.clone()
-    head = teacher.lm_head.weight.detach()
-    return states, (head if tokens is None else head[list(tokens)]).clone()
-
-
 def few_shots(task: Task, count: int) -> list[tasks.Example]:
     """The first training examples with different labels: the same for every message."""
     chosen: dict[str, tasks.Example] = {}
@@ -374,14 +369,3 @@ def few_shots(task: Task, count: int) -> list[tasks.Example]:
 
 def _slug(name: str) -> str:
     return name.replace(" ", "-")
-
-
-# What decides the result of training, besides settings and data.
-TRAINING_CODE = (
-    train_model, task_texts, teacher_states, training.train, training.encode_rows, training.make_batch,
-    training.batch_indexes, training.answer_states, training.first_trained_layer, training.answer_logits,
-    training.project, training.next_token_loss, training.distillation_loss, training.accumulate_gradients,
-    training.update_weights, training.copy_weights, training.round_weights, training.freeze_below, prompt_ids,
-    students.cut_student, students.renumber, students.kept_layers, students.kept_tokens, students.trim_tokenizer,
-    students.save_model, adapters.add_lora,
-)  # fmt: skip

@@ -22,6 +22,7 @@ class Profile:
     olive_rows: int  # rows that Olive's own fine-tuning pass trains on
     olive_training: TrainingSettings  # of that pass: small batches, because it computes every token's whole distribution
     unlabelled: int | None  # unlabelled messages the teacher labels; None: all
+    sampled_messages: int | None  # of these, those that it answers several times, for self-consistency; None: all
     test_messages: int | None  # test messages every model is scored on; None: all
     base_messages: int  # test messages the untuned base model is scored on, with its long prompt
     speed_messages: int
@@ -40,6 +41,7 @@ PROFILES = {
         olive_rows=192,
         olive_training=TrainingSettings(epochs=1, learning_rate=2e-3, batch_size=4),
         unlabelled=None,
+        sampled_messages=128,
         test_messages=1000,
         base_messages=52,
         speed_messages=8,
@@ -53,6 +55,7 @@ PROFILES["full"] = replace(
     lora=LoraSettings(),
     lora_training=TrainingSettings(epochs=3, learning_rate=3e-3),
     olive_rows=1024,
+    sampled_messages=None,
     test_messages=None,
     base_messages=516,
     speed_messages=50,

@@ -9,10 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slmops_course.chat import (
+    BATCH_SIZE,
     MAX_NEW_TOKENS,
     ChatModel,
     Conversation,
     RecordedChatModel,
+    batches_by_length,
     decode_reply,
     prompt_ids,
 )
@@ -167,28 +169,33 @@ def near_duplicates(
 
 
 def sample_answers(
-    model, tokenizer, conversation: Conversation, *, temperature: float, count: int = 3, seed: int = 0,
+    model, tokenizer, conversations: Sequence[Conversation], *, temperature: float, count: int = 3, seed: int = 0,
     max_new_tokens: int = MAX_NEW_TOKENS,
-) -> list[str]:  # fmt: skip
-    """Draw several answers to one conversation at a sampling temperature; 0 always takes the likeliest token.
+) -> list[list[str]]:  # fmt: skip
+    """Draw several answers to each conversation at a sampling temperature; 0 always takes the likeliest token.
 
-    `model` is a Hugging Face model. Same seed, same answers.
+    `model` is a Hugging Face model. Same conversations and seed, same answers.
     """
     import torch
 
     if temperature < 0:
         raise TeacherError(f"The sampling temperature is {temperature}: expected 0 or more; 0 to 1.5 is usual.")
-    ids = torch.tensor([prompt_ids(tokenizer, conversation)])
-    how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "num_return_sequences": count}
+    how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
+    each = count if temperature else 1
+    answers: dict[int, list[str]] = {}
     torch.manual_seed(seed)
-    with torch.inference_mode():
-        out = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-            **(how if temperature else {"do_sample": False}),
-        )  # fmt: skip
-    answers = [decode_reply(tokenizer, row)[0] for row in out[:, ids.shape[1] :].tolist()]
-    return answers if temperature else answers * count
+    prompts = [prompt_ids(tokenizer, conversation) for conversation in conversations]
+    for indexes, batch in batches_by_length(prompts, max(1, BATCH_SIZE // each)):
+        padded = tokenizer.pad({"input_ids": batch}, padding_side="left", pad_to_multiple_of=8, return_tensors="pt")
+        with torch.inference_mode():
+            out = model.generate(
+                **padded, max_new_tokens=max_new_tokens, num_return_sequences=each,
+                pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, **how,
+            )  # fmt: skip
+        replies = [decode_reply(tokenizer, row)[0] for row in out[:, padded["input_ids"].shape[1] :].tolist()]
+        for number, index in enumerate(indexes):
+            answers[index] = replies[number * each : (number + 1) * each] * (count // each)
+    return [answers[i] for i in range(len(prompts))]
 
 
 def _write_lines(path: Path, rows: list[dict]) -> None:

@@ -195,6 +195,19 @@ class TestSearch:
         first, again = (search_lora(tiny_model_folder, rows[:4], rows[8:], trials=2, rounds=1) for _ in range(2))
         assert [t.params for t in first.trials] == [t.params for t in again.trials]
 
+    def test_a_search_that_was_stopped_goes_on_where_it_was(self, tiny_model_folder, rows, tmp_path):
+        def search(trials, rows=rows[:4]):
+            return search_lora(tiny_model_folder, rows, held_out, trials=trials, rounds=1, storage=tmp_path / "new" / "s.log")
+
+        held_out = rows[8:]
+        first = [(t.number, t.params, t.value) for t in search(2).trials]
+        whole = [(t.number, t.params, t.value) for t in search(4).trials]
+        assert len(first) == 2
+        assert whole[:2] == first
+        assert len({str(params) for _, params, _ in whole}) == 4, "a search that goes on must not repeat what it tried"
+        assert len(search(4).trials) == 4
+        assert len(search(1, rows=rows[:5]).trials) == 1, "other rows are another search"
+
     def test_held_out_rows_are_needed(self, tiny_model_folder, rows):
         with pytest.raises(TrainingError, match="no held-out rows"):
             search_lora(tiny_model_folder, rows, [], trials=1)

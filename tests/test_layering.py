@@ -11,8 +11,9 @@ PACKAGE = Path(__file__).parent.parent / "slmops_course"
 # From the first stage to what joins them. A module may import those above it.
 ORDER = (
     "errors", "sampling", "network", "artifacts", "models", "chat", "tasks", "training", "evaluation", "textmetrics",
-    "teachers", "endpoints", "rehearsal", "validation", "students", "adapters", "olive", "optimize", "serving",
-    "benchmark", "sizing", "profiles", "pipeline", "plots", "report", "doctor", "authoring.execute", "authoring", "cli",
+    "teachers", "endpoints", "rehearsal", "validation", "filters", "general", "students", "adapters", "olive", "optimize",
+    "serving", "benchmark", "sizing", "profiles", "tuning", "pipeline", "plots", "report", "doctor", "authoring.execute",
+    "authoring", "cli",
 )  # fmt: skip
 
 

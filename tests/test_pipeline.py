@@ -7,11 +7,14 @@ import pytest
 from slmops_course.adapters import LoraSettings
 from slmops_course.artifacts import Store, check_artifact
 from slmops_course.errors import CourseError
-from slmops_course.pipeline import Course, few_shots, open_course, teacher_states
+from slmops_course.general import load_questions
+from slmops_course.pipeline import Course, few_shots, open_course
 from slmops_course.profiles import PROFILES, Profile
 from slmops_course.students import StudentShape
 from slmops_course.tasks import load_task
+from slmops_course.teachers import load_labelled
 from slmops_course.training import TrainingSettings
+from slmops_course.tuning import teacher_states
 
 TINY = Profile(
     teacher=TrainingSettings(epochs=60, learning_rate=5e-3, batch_size=4, trained_layers=None),
@@ -25,6 +28,7 @@ TINY = Profile(
     olive_rows=4,
     olive_training=TrainingSettings(epochs=1, learning_rate=1e-3, batch_size=4),
     unlabelled=None,
+    sampled_messages=2,
     test_messages=None,
     base_messages=3,
     speed_messages=3,
@@ -47,6 +51,14 @@ def test_the_teacher_learns_what_the_base_model_does_not_know(course):
 def test_labels_come_from_the_teacher_and_none_is_lost(course):
     card = course.labels().json("data_card.json")
     assert card["kept"] + card["rejected"] == len(course.task.splits["unlabelled"])
+
+
+def test_label_checks_hold_a_probability_for_every_label_and_samples_for_some(course):
+    kept = load_labelled(course.labels().path).kept
+    checks = course.label_checks().json("checks.json")
+    assert set(checks["confidence"]) == {example.id for example in kept}
+    assert all(0 < share <= 1 for share in checks["confidence"].values())
+    assert {key: len(replies) for key, replies in checks["samples"].items()} == {e.id: 3 for e in kept[:2]}
 
 
 @pytest.mark.parametrize("kind", ["alone", "sequence", "logit"])
@@ -83,6 +95,20 @@ def test_the_lora_artifact_holds_the_adapter_alone_and_the_merged_model(course):
     assert course.lora().measured["trained_parameters"] < course.lora().measured["parameters"]
 
 
+def test_olive_fine_tunes_by_command_by_file_and_from_python(course):
+    from safetensors.torch import load_file
+
+    folder = course.olive_manners().path
+    manners = json.loads((folder / "manners.json").read_text("utf-8"))
+    assert [row["manner"] for row in manners] == ["command", "file", "python"]
+    assert len({row["parameters"] for row in manners}) == 1
+    for row in manners:
+        weights = load_file(folder / row["manner"] / "adapter_model.safetensors")
+        assert sum(weight.numel() for weight in weights.values()) == row["parameters"]
+        assert all(weight.abs().sum() > 0 for weight in weights.values()), "B is zero where nothing was learned"
+        assert str(folder.parent) not in row["command"]
+
+
 def test_teacher_states_give_back_the_teachers_own_logits(course):
     import torch
 
@@ -96,6 +122,14 @@ def test_teacher_states_give_back_the_teachers_own_logits(course):
     with torch.inference_mode():
         logits = model(torch.tensor([row.ids])).logits[0, row.answer_start - 1 : -1]
     torch.testing.assert_close((states[0] @ head.T).float(), logits, atol=0.2, rtol=0.1)
+
+
+def test_what_a_model_still_knows_is_asked_once(course, caplog):
+    found = course.knowledge("teacher")
+    assert [one.question for one in found] == [question.question for question in load_questions()]
+    caplog.set_level("INFO", logger="slmops_course")
+    assert course.knowledge("teacher") == found
+    assert "building" not in caplog.text
 
 
 def test_a_scoreboard_row_holds_scores_size_memory_and_speed(course):

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from slmops_course import teachers
-from slmops_course.chat import RecordedChatModel, load_torch
+from slmops_course.chat import RecordedChatModel, TorchChatModel, load_torch
 from slmops_course.tasks import Example, Rejected, TaskError, load_task
 from slmops_course.teachers import Labelled
 
@@ -168,25 +168,30 @@ def loaded(tiny_model_folder):
     return load_torch(tiny_model_folder)
 
 
-def test_sampling_at_temperature_zero_always_says_the_same(loaded, tiny_task):
-    answers = teachers.sample_answers(*loaded, tiny_task.messages(TAXI), temperature=0, max_new_tokens=6)
-    again = teachers.sample_answers(*loaded, tiny_task.messages(TAXI), temperature=0, seed=1, max_new_tokens=6)
-    assert len(answers) == 3
-    assert set(answers) == set(again)
-    assert len(set(answers)) == 1
+@pytest.fixture
+def asks(tiny_task):
+    return [tiny_task.messages(text) for text in (TAXI, SELLER, BREAD)]
 
 
-def test_sampling_at_a_high_temperature_varies_and_repeats_with_its_seed(loaded, tiny_task):
+def test_sampling_at_temperature_zero_always_says_what_the_model_answers(loaded, asks):
+    answers = teachers.sample_answers(*loaded, asks, temperature=0, max_new_tokens=6)
+    again = teachers.sample_answers(*loaded, asks, temperature=0, seed=1, max_new_tokens=6)
+    greedy = TorchChatModel.from_loaded(*loaded, "tiny").generate(asks, max_new_tokens=6)
+    assert answers == again == [[reply.text] * 3 for reply in greedy]
+
+
+def test_sampling_at_a_high_temperature_varies_and_repeats_with_its_seed(loaded, asks):
     ask = {"temperature": 1.5, "count": 4, "max_new_tokens": 6}
-    answers = teachers.sample_answers(*loaded, tiny_task.messages(TAXI), **ask)
-    assert len(set(answers)) > 1
-    assert answers == teachers.sample_answers(*loaded, tiny_task.messages(TAXI), **ask)
-    assert answers != teachers.sample_answers(*loaded, tiny_task.messages(TAXI), **ask, seed=1)
+    answers = teachers.sample_answers(*loaded, asks, **ask)
+    assert [len(row) for row in answers] == [4, 4, 4]
+    assert all(len(set(row)) > 1 for row in answers)
+    assert answers == teachers.sample_answers(*loaded, asks, **ask)
+    assert answers != teachers.sample_answers(*loaded, asks, **ask, seed=1)
 
 
-def test_a_negative_sampling_temperature_is_refused(loaded, tiny_task):
+def test_a_negative_sampling_temperature_is_refused(loaded, asks):
     with pytest.raises(teachers.TeacherError, match=r"-0\.5: expected 0 or more"):
-        teachers.sample_answers(*loaded, tiny_task.messages(TAXI), temperature=-0.5)
+        teachers.sample_answers(*loaded, asks, temperature=-0.5)
 
 
 def test_the_recorded_teacher_gives_the_answers_of_the_key():
