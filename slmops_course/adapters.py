@@ -161,7 +161,7 @@ def search_lora(
             with torch.no_grad():
                 loss = next_token_loss(model, held_out_batch).item()
             trial.report(loss, number)
-            if trial.should_prune():
+            if number < rounds - 1 and trial.should_prune():  # after the last round there is nothing left to save
                 raise optuna.TrialPruned
         return loss
 
