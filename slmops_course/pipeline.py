@@ -263,6 +263,27 @@ class Course:
         )  # fmt: skip
         return benchmark.Speed(**artifact.json("speed.json"))
 
+    def confidence(self, name: str) -> dict[str, float]:
+        """The probability that a PyTorch contender gives to each of its own answers to the test messages, by message id.
+
+        Replies that hold no answer are left out.
+        """
+        contender, outcomes = self._contender(name), self.outcomes_artifact(name)
+        dtype = training.fast_dtype()
+
+        def write(folder: Path):
+            answered = [o for o in self.outcomes(name) if o.answer]
+            model, tokenizer = load_torch(contender.artifact.path, dtype=dtype)
+            rows = training.encode_rows(tokenizer, self.task, [tasks.Example(o.id, o.text, o.answer) for o in answered])
+            logs = textmetrics.log_probabilities(model, rows)
+            sure = {o.id: math.exp(log) for o, log in zip(answered, logs, strict=True)}
+            (folder / "confidence.json").write_text(json.dumps(sure), "utf-8")
+
+        return self._build(
+            f"confidence-{_slug(name)}", {"dtype": dtype}, {"model": contender.artifact, "outcomes": outcomes}, write,
+            textmetrics.log_probabilities,
+        ).json("confidence.json")  # fmt: skip
+
     def knowledge(self, name: str) -> list[general.Knowledge]:
         """What a PyTorch contender answers to questions about the world, without the task's prompt: has it forgotten?"""
         contender = self._contender(name)

@@ -191,6 +191,10 @@ class TestSearch:
         assert pruned
         assert all(len(trial.intermediate_values) < 3 for trial in pruned)
 
+    def test_after_the_last_round_no_trial_is_pruned(self, tiny_model_folder, rows):
+        study = search_lora(tiny_model_folder, rows[:8], rows[8:], trials=8, rounds=1)
+        assert {trial.state.name for trial in study.trials} == {"COMPLETE"}
+
     def test_the_same_seed_searches_the_same_places(self, tiny_model_folder, rows):
         first, again = (search_lora(tiny_model_folder, rows[:4], rows[8:], trials=2, rounds=1) for _ in range(2))
         assert [t.params for t in first.trials] == [t.params for t in again.trials]

@@ -10,6 +10,7 @@ from slmops_course.general import ask_questions, load_questions, says
     ("reply", "accept", "right"),
     [
         ("The capital of France is Paris.", ["paris"], True), ("PARIS", ["paris"], True), ("Parisian", ["paris"], False),
+        ("It is rice", ["ice"], False),
         ("It boils at 100°C", ["100"], True), ("It boils at 1000 degrees", ["100"], False), ("H₂O", ["h2o", "h₂o"], True),
         ('{"intent":"out_of_scope"}', ["cold"], False), ("", ["cold"], False),
     ],

@@ -124,6 +124,12 @@ def test_teacher_states_give_back_the_teachers_own_logits(course):
     torch.testing.assert_close((states[0] @ head.T).float(), logits, atol=0.2, rtol=0.1)
 
 
+def test_a_model_says_how_sure_it_is_of_each_answer(course):
+    sure = course.confidence("teacher")
+    assert list(sure) == [outcome.id for outcome in course.outcomes("teacher") if outcome.answer]
+    assert all(0 < share <= 1 for share in sure.values())
+
+
 def test_what_a_model_still_knows_is_asked_once(course, caplog):
     found = course.knowledge("teacher")
     assert [one.question for one in found] == [question.question for question in load_questions()]
