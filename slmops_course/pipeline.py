@@ -26,7 +26,7 @@ from slmops_course import (
     textmetrics,
     training,
     tuning,
-)  # fmt: skip
+)
 from slmops_course.artifacts import Artifact, Store
 from slmops_course.chat import TorchChatModel, load_torch
 from slmops_course.errors import CourseError
@@ -96,11 +96,10 @@ class Course:
 
         def write(folder: Path):
             model, tokenizer = load_torch(teacher.path, dtype=dtype)
-            logs = textmetrics.log_probabilities(model, training.encode_rows(tokenizer, self.task, kept))
             asks = [self.task.messages(example.text) for example in sampled]
             answers = teachers.sample_answers(model, tokenizer, asks, temperature=1.0)
             checks = {
-                "confidence": {example.id: math.exp(log) for example, log in zip(kept, logs, strict=True)},
+                "confidence": self._answer_probabilities(model, tokenizer, kept),
                 "samples": {example.id: replies for example, replies in zip(sampled, answers, strict=True)},
             }
             (folder / "checks.json").write_text(json.dumps(checks), "utf-8")
@@ -272,17 +271,18 @@ class Course:
         dtype = training.fast_dtype()
 
         def write(folder: Path):
-            answered = [o for o in self.outcomes(name) if o.answer]
-            model, tokenizer = load_torch(contender.artifact.path, dtype=dtype)
-            rows = training.encode_rows(tokenizer, self.task, [tasks.Example(o.id, o.text, o.answer) for o in answered])
-            logs = textmetrics.log_probabilities(model, rows)
-            sure = {o.id: math.exp(log) for o, log in zip(answered, logs, strict=True)}
+            answered = [tasks.Example(o.id, o.text, o.answer) for o in self.outcomes(name) if o.answer]
+            sure = self._answer_probabilities(*load_torch(contender.artifact.path, dtype=dtype), answered)
             (folder / "confidence.json").write_text(json.dumps(sure), "utf-8")
 
         return self._build(
             f"confidence-{_slug(name)}", {"dtype": dtype}, {"model": contender.artifact, "outcomes": outcomes}, write,
             textmetrics.log_probabilities,
         ).json("confidence.json")  # fmt: skip
+
+    def _answer_probabilities(self, model, tokenizer, examples: Sequence[tasks.Example]) -> dict[str, float]:
+        logs = textmetrics.log_probabilities(model, training.encode_rows(tokenizer, self.task, examples))
+        return {example.id: math.exp(log) for example, log in zip(examples, logs, strict=True)}
 
     def knowledge(self, name: str) -> list[general.Knowledge]:
         """What a PyTorch contender answers to questions about the world, without the task's prompt: has it forgotten?"""
