@@ -17,6 +17,7 @@ from slmops_course.training import (
     has_fast_bfloat16,
     make_batch,
     next_token_loss,
+    to_fast_dtype,
     train,
 )
 
@@ -38,11 +39,14 @@ class LoraSettings:
     alpha: int = 32  # the update is scaled by alpha / rank
     target_modules: tuple[str, ...] = ALL_LINEAR  # the linear layers that get an adapter
     trained_layers: int | None = None  # only so many layers, counted from the top; None: all
+    use_dora: bool = False  # learn how long the vectors of W are apart from where they point (DoRA), see `add_lora`
 
 
 def add_lora(model, settings: LoraSettings):
     """Freeze a model and put adapters into it; returns PEFT's model, whose adapter weights alone learn.
 
+    With `use_dora`, the update changes only where the vectors of W point, and how long they are is learned beside it.
+    Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024, https://arxiv.org/abs/2402.09353
     Raises AdapterError for settings that the model's layers cannot have; the model is then as it was.
     """
     import torch
@@ -66,13 +70,13 @@ def add_lora(model, settings: LoraSettings):
         raise AdapterError(
             f"trained_layers is {settings.trained_layers}: expected 1 to {layers}, the model's number of layers."
         )
-    if has_fast_bfloat16():
-        model.to(torch.bfloat16)
+    to_fast_dtype(model)
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         target_modules=list(settings.target_modules),
         layers_to_transform=list(range(layers - (settings.trained_layers or layers), layers)),
+        use_dora=settings.use_dora,
         task_type="CAUSAL_LM",
     )
     # PEFT keeps adapters in fp32 beside a bfloat16 base and casts at every layer; `train` keeps fp32 masters anyway.
@@ -80,10 +84,36 @@ def add_lora(model, settings: LoraSettings):
         return get_peft_model(model, config, autocast_adapter_dtype=False)
 
 
+def quantize_frozen(model) -> None:
+    """Keep the frozen matrices of a model's layers in 4 bits (NF4), in place: with adapters in it, this is QLoRA.
+
+    The matrices are unpacked each time they multiply. Call it after `add_lora`; what learns stays as it is.
+    Source: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", 2023, https://arxiv.org/abs/2305.14314
+    Raises AdapterError where bitsandbytes, which does the work, is not installed.
+    """
+    import torch
+
+    try:
+        from bitsandbytes.nn import Linear4bit
+    except ImportError:
+        raise AdapterError(
+            "bitsandbytes is not installed: expected it for weights in 4 bits; pip install 'slmops-course[experiments]'."
+        ) from None
+    for module in list(model.model.layers.modules()):
+        for name, part in list(module.named_children()):
+            if type(part) is torch.nn.Linear and not part.weight.requires_grad:
+                packed = Linear4bit(
+                    part.in_features, part.out_features, bias=part.bias is not None, compute_dtype=part.weight.dtype,
+                    quant_type="nf4",
+                )  # fmt: skip
+                packed.load_state_dict(part.state_dict())
+                setattr(module, name, packed.to("cpu").requires_grad_(False))  # moving it to its device packs it
+
+
 def open_adapter(model, folder: Path, *, name: str):
     """Put a saved adapter beside a base model and return PEFT's model, with that adapter at work under `name`.
 
-    Raises AdapterError when the folder holds no adapter.
+    Raises AdapterError when the folder holds no adapter, or one that was made for a model of another shape.
     """
     from peft import PeftModel
 
@@ -92,8 +122,28 @@ def open_adapter(model, folder: Path, *, name: str):
             f"There is no adapter in {folder}: expected adapter_config.json and its weights; the course keeps one in "
             "course.lora().path / 'adapter'."
         )
+    _check_fits(model, folder)
     with _quiet_peft():
         return PeftModel.from_pretrained(model, folder, adapter_name=name)
+
+
+def _check_fits(model, folder: Path) -> None:
+    """Raise AdapterError where an adapter's matrices have other sides than the model's layers."""
+    from safetensors import safe_open
+
+    layers = {name: part for name, part in model.named_modules() if hasattr(part, "in_features")}
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        for name in file.keys():  # noqa: SIM118 - it is no dictionary
+            place, _, matrix = name.removeprefix("base_model.model.").partition(".lora_")
+            shape, layer = file.get_slice(name).get_shape(), layers.get(place)
+            sides = None if layer is None else {"A": layer.in_features, "B": layer.out_features}
+            found = shape[1] if matrix.startswith("A") else shape[0]
+            if matrix[:1] in ("A", "B") and (sides is None or sides[matrix[0]] != found):
+                expected = "no such layer" if sides is None else sides[matrix[0]]
+                raise AdapterError(
+                    f"The adapter in {folder} has {found} for a side of {place} and the model has {expected}: expected the "
+                    "base that it was trained on; open it on that model."
+                )
 
 
 @contextlib.contextmanager

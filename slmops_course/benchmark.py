@@ -1,6 +1,6 @@
 """How fast a model answers, and what memory it takes: warm-up, one message at a time, in a process of its own.
 
-    python -m slmops_course.benchmark MODEL.json MESSAGES.json
+    python -m slmops_course.benchmark SPEC.json
 
 A model's memory is the growth of its process's resident memory over the same process with the libraries imported and
 no model loaded. So the figure says what the model costs, not what Python and its libraries cost.
@@ -9,6 +9,7 @@ no model loaded. So the figure says what the model costs, not what Python and it
 import ctypes
 import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -86,18 +87,27 @@ def measure_speed(
     kind: str, folder: Path, conversations: Sequence[Conversation], *, max_new_tokens: int = MAX_NEW_TOKENS, **options
 ) -> Speed:
     """Measure a model folder in a fresh process. Raises BenchmarkError, with its last words, when that fails."""
+    spec = {"kind": kind, "folder": str(folder), "max_new_tokens": max_new_tokens, "options": options}
+    spec["conversations"] = [list(conversation) for conversation in conversations]
+    return Speed(**run_apart("slmops_course.benchmark", spec, what=f"Measuring {folder.name} as {kind}"))
+
+
+def run_apart(module: str, spec: Mapping, *, what: str) -> dict:
+    """Run `python -m MODULE SPEC.json` in a fresh process; returns the JSON object that it prints last.
+
+    Raises BenchmarkError, with its last words, when `what` fails.
+    """
     with tempfile.TemporaryDirectory() as scratch:
-        spec = {"kind": kind, "folder": str(folder), "max_new_tokens": max_new_tokens, "options": options}
-        files = Path(scratch) / "model.json", Path(scratch) / "messages.json"
-        for path, value in zip(files, (spec, [list(c) for c in conversations]), strict=True):
-            path.write_text(json.dumps(value), "utf-8")
-        command = [sys.executable, "-m", "slmops_course.benchmark", *map(str, files)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        path = Path(scratch) / "spec.json"
+        path.write_text(json.dumps(spec), "utf-8")
+        quiet = {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        command = [sys.executable, "-m", module, str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **quiet})
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
-        words = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise BenchmarkError(f"Measuring {folder.name} as {kind} failed ({words}): expected a figure; run it again alone.")
-    return Speed(**json.loads(lines[-1]))
+        words = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise BenchmarkError(f"{what} failed ({words}): expected a figure; run it again alone.")
+    return json.loads(lines[-1])
 
 
 def time_replies(model: ChatModel, conversations: Sequence[Conversation], *, max_new_tokens: int = MAX_NEW_TOKENS) -> dict:
@@ -160,15 +170,14 @@ def give_back_memory() -> None:
         trim(0)
 
 
-def main(model_path: str, messages_path: str) -> None:
+def main(spec_path: str) -> None:
     """Measure one model in this process and print a line of JSON."""
-    spec = json.loads(Path(model_path).read_text("utf-8"))
-    conversations = json.loads(Path(messages_path).read_text("utf-8"))
+    spec = json.loads(Path(spec_path).read_text("utf-8"))
     _import_libraries(spec["kind"])
     watch = MemoryWatch()
     before = watch.peak_bytes
     with watch, open_model(spec["kind"], Path(spec["folder"]), **spec["options"]) as model:
-        times = time_replies(model, conversations, max_new_tokens=spec["max_new_tokens"])
+        times = time_replies(model, spec["conversations"], max_new_tokens=spec["max_new_tokens"])
     print(json.dumps(asdict(Speed(**times, memory_bytes=watch.peak_bytes - before, process_bytes=watch.peak_bytes))))
 
 

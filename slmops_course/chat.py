@@ -4,6 +4,7 @@ A ChatModel turns conversations into replies with their token counts and times. 
 know nothing else, so one table compares a PyTorch model, an ONNX model and a served one.
 """
 
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -100,24 +101,20 @@ class TorchChatModel(ChatModel):
 
         start = time.perf_counter()
         first = _FirstTokenClock()
-        # Left padding, to a multiple of 8: oneDNN keeps a kernel for every shape it meets.
-        width = -(-max(map(len, prompts)) // 8) * 8 if len(prompts) > 1 else len(prompts[0])
-        pad = self.tokenizer.pad_token_id
-        ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts])
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        ids, mask = pad_left(prompts, pad=self.tokenizer.pad_token_id)
         with torch.inference_mode():
             out = self.model.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
-                pad_token_id=pad,
+                pad_token_id=self.tokenizer.pad_token_id,
                 eos_token_id=self.tokenizer.eos_token_id,
                 stopping_criteria=[first],
             )
         latency_s = time.perf_counter() - start
         replies = []
-        for prompt, row in zip(prompts, out[:, width:].tolist(), strict=True):
+        for prompt, row in zip(prompts, out[:, ids.shape[1] :].tolist(), strict=True):
             text, count = decode_reply(self.tokenizer, row)
             replies.append(Reply(text, len(prompt), count, first.time - start, latency_s))
         return replies
@@ -146,6 +143,7 @@ def load_torch(folder: Path, *, dtype: str = "float32"):
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says that it finds no faster kernel on a model hub
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True, trust_remote_code=False
     )
@@ -168,6 +166,19 @@ def batches_by_length(
         indexes.append(i)
     if indexes:
         yield indexes, [prompts[j] for j in indexes]
+
+
+def pad_left(prompts: Sequence[list[int]], *, pad: int):
+    """Prompts padded on the left, so that all answers begin at one place: ids and attention mask, shape (prompts, tokens).
+
+    Several prompts take a multiple of 8 tokens, because oneDNN keeps a kernel for every shape it meets.
+    """
+    import torch
+
+    width = -(-max(map(len, prompts)) // 8) * 8 if len(prompts) > 1 else len(prompts[0])
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    return ids, mask
 
 
 def prompt_ids(tokenizer, conversation: Conversation) -> list[int]:

@@ -1,6 +1,7 @@
-"""The command line: `slmops doctor | run | chapters | report | serve`."""
+"""The command line: `slmops doctor | run | chapters | experiment | report | serve`."""
 
 import argparse
+import json
 import logging
 import sys
 from pathlib import Path
@@ -33,6 +34,12 @@ def make_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     chapters.add_argument("--save", action="store_true", help="write the outputs into notebooks/ (for authors)")
     chapters.set_defaults(run=_chapters)
+
+    experiment = commands.add_parser("experiment", help="carry out a side experiment, or list them")
+    experiment.add_argument("names", nargs="*", metavar="NAME", help="such as losses (default: list all)")
+    experiment.add_argument("--save", action="store_true", help="keep the figures with the course (for authors)")
+    _add_course_options(experiment)
+    experiment.set_defaults(run=_experiment)
 
     report = commands.add_parser("report", help="print the scoreboard and write build/report.html")
     _add_course_options(report)
@@ -98,6 +105,21 @@ def _chapters(options) -> None:
     from slmops_course.authoring.execute import execute_chapters
 
     execute_chapters(options.names, options.build, parameters=dict(options.parameters), save=options.save)
+
+
+def _experiment(options) -> None:
+    from slmops_course import experiments
+
+    for name in options.names:
+        experiments.find(name)
+    for name in options.names or experiments.EXPERIMENTS:
+        if not options.names:
+            print(f"{name:14} {experiments.find(name).__doc__.splitlines()[0]}")
+            continue
+        record = experiments.run(_course(options), name)
+        print(json.dumps(record.rows, indent=1), f"{record}", sep="\n", flush=True)
+        if options.save:
+            print(experiments.keep(record))
 
 
 def _report(options) -> None:

@@ -44,6 +44,7 @@ def olive_config(*, model: Path, output: Path, passes: Mapping, rows: Path | Non
                 "load_dataset_config": {"data_name": "json", "data_files": str(rows), "split": "train"},
                 "pre_process_data_config": {
                     "text_cols": ["text"], "strategy": "line-by-line", "max_seq_len": max_tokens, "pad_to_max_len": False,
+                    "add_special_tokens": False,  # the chat template has put them where they belong
                 },
             }
         ]  # fmt: skip

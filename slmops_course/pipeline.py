@@ -34,6 +34,7 @@ from slmops_course.models import DEFAULT_MODEL
 from slmops_course.profiles import PROFILES
 from slmops_course.tasks import Task
 from slmops_course.training import TrainingSettings
+from slmops_course.tuning import Teaching
 
 COMPARED = ("alone", "sequence", "logit")
 
@@ -123,18 +124,18 @@ class Course:
         return self._student(f"student-{kind}", kind, replace(self.profile.comparison, epochs=epochs))
 
     def student(self) -> Artifact:
-        """The student that goes on to be optimized and served: trained for longer, by the teacher's distribution."""
-        return self._student("student", "logit", self.profile.student)
+        """The student that goes on to be optimized and served: trained for longer, by the profile's own teaching."""
+        return self._student("student", "logit", self.profile.student, self.profile.teaching)
 
     def _labelled(self) -> list[tasks.Example]:
         return teachers.load_labelled(self.labels().path).kept
 
-    def _student(self, stage: str, kind: str, settings: TrainingSettings) -> Artifact:
+    def _student(self, stage: str, kind: str, settings: TrainingSettings, teaching: Teaching | None = None) -> Artifact:
         teacher, own = self.teacher(), self.task.splits["train"]
         return self._train(
             stage, self.base() if kind == "alone" else teacher, (*own, *(self._labelled() if kind != "alone" else ())),
             settings, freeze=training.freeze_below, shape=self.profile.student_shape,
-            soft=teacher if kind == "logit" else None, labels=kind != "alone",
+            teaching=teaching or (self.profile.logits if kind == "logit" else None), labels=kind != "alone",
         )  # fmt: skip
 
     def lora(self) -> Artifact:
@@ -339,15 +340,15 @@ class Course:
         return self.store.build(stage, settings=settings, inputs=inputs, write=write_and_tidy, code=code)
 
     def _train(
-        self, stage: str, source: Artifact, examples, settings: TrainingSettings, *, freeze=None, shape=None, soft=None,
-        labels=False, lora=None,
+        self, stage: str, source: Artifact, examples, settings: TrainingSettings, *, freeze=None, shape=None,
+        teaching=None, labels=False, lora=None,
     ) -> Artifact:  # fmt: skip
-        profile = self.profile
+        teacher = self.teacher() if teaching else None
 
         def write(folder: Path):
             measured = tuning.train_model(
                 folder, source=source.path, task=self.task, examples=examples, settings=settings, freeze=freeze, shape=shape,
-                soft=(soft.path, profile.temperature, profile.label_share) if soft else None, lora=lora,
+                teacher=teacher and teacher.path, teaching=teaching, lora=lora,
             )  # fmt: skip
             if lora:
                 adapters.forget_base_folder(folder / "adapter")
@@ -359,12 +360,12 @@ class Course:
             inputs["labels"] = self.labels()
         if shape:
             recipe["shape"] = asdict(shape)
-        if soft:
-            inputs["teacher"] = soft
-            recipe |= {"temperature": profile.temperature, "label_share": profile.label_share}
+        if teaching:
+            inputs["teacher"] = teacher
+            recipe |= asdict(teaching)
         if lora:
             recipe["lora"] = asdict(lora)
-        return self._build(stage, recipe, inputs, write, *tuning.TRAINING_CODE)
+        return self._build(stage, recipe, inputs, write, *tuning.deciding_code(shape=shape, teaching=teaching, lora=lora))
 
 
 def open_course(

@@ -9,8 +9,13 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = "osD^vPX"
 
 
-def plot_size_against_score(rows: Sequence[dict], *, title: str = "Smaller models against what they still know"):
-    """Exact match with its interval against model size, on a logarithmic axis; `rows` are scoreboard rows."""
+def plot_size_against_score(
+    rows: Sequence[dict], *, title: str = "Smaller models against what they still know", with_frontier: bool = False
+):
+    """Exact match with its interval against model size, on a logarithmic axis; `rows` are scoreboard rows.
+
+    With the frontier, a line joins the models that no smaller one beats; see `frontier`.
+    """
     from matplotlib.ticker import LogLocator
 
     figure, axes = new_figure(title, "size on disk (MB, logarithmic)", "exact match (%)", size=(8, 4.5))
@@ -22,6 +27,11 @@ def plot_size_against_score(rows: Sequence[dict], *, title: str = "Smaller model
         marker = MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
         colour = COLOURS[number % len(COLOURS)]
         axes.errorbar(x, y, _never_negative(error), fmt=marker, color=colour, capsize=3, label=row["name"])
+    if with_frontier:
+        best = frontier(rows)
+        values = [100 * row["scores"]["exact_match"]["value"] for row in best]
+        sizes = [row["size_bytes"] / 1e6 for row in best]
+        axes.plot(sizes, values, color="#888888", linestyle="--", label="frontier", zorder=0)
     axes.set_xscale("log")
     axes.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
@@ -29,6 +39,18 @@ def plot_size_against_score(rows: Sequence[dict], *, title: str = "Smaller model
     axes.set_ylim(0, 100)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     return figure
+
+
+def frontier(rows: Sequence[dict]) -> list[dict]:
+    """The scoreboard rows that no smaller, or equally large, model beats in exact match, smallest first.
+
+    Example: sizes 1, 2, 3 with scores 0.5, 0.4, 0.6 -> the first and the third
+    """
+    best: list[dict] = []
+    for row in sorted(rows, key=lambda row: (row["size_bytes"], -row["scores"]["exact_match"]["value"])):
+        if not best or row["scores"]["exact_match"]["value"] > best[-1]["scores"]["exact_match"]["value"]:
+            best.append(row)
+    return best
 
 
 def _never_negative(error):

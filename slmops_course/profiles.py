@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from slmops_course.adapters import LoraSettings
 from slmops_course.students import StudentShape
 from slmops_course.training import TrainingSettings
+from slmops_course.tuning import Teaching
 
 
 @dataclass(frozen=True)
@@ -15,8 +16,8 @@ class Profile:
     comparison: TrainingSettings  # of the students that are compared, just long enough to show their difference
     student: TrainingSettings  # of the student that goes on to be optimized and served
     student_shape: StudentShape  # of every student
-    temperature: float  # of logit distillation
-    label_share: float  # the share of plain cross-entropy in the logit student's loss
+    logits: Teaching  # of the student that is compared and learns from the teacher's distribution
+    teaching: Teaching  # of the student that goes on
     lora: LoraSettings
     lora_training: TrainingSettings
     olive_rows: int  # rows that Olive's own fine-tuning pass trains on
@@ -34,8 +35,8 @@ PROFILES = {
         comparison=TrainingSettings(epochs=0.75, learning_rate=1.5e-3),
         student=TrainingSettings(epochs=3, learning_rate=1.5e-3, rounded_bits=4),
         student_shape=StudentShape(layers=10, tokens=12_288),
-        temperature=2.0,
-        label_share=0.3,
+        logits=Teaching(temperature=2.0, label_share=0.3),
+        teaching=Teaching(temperature=2.0, label_share=0.3, matched_layers=3),
         lora=LoraSettings(trained_layers=15),
         lora_training=TrainingSettings(epochs=1, learning_rate=3e-3),
         olive_rows=192,

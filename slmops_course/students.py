@@ -137,6 +137,56 @@ def cut_student(teacher, layers: list[int], tokens: Sequence[int] | None = None)
     return student
 
 
+def cut_width(teacher, *, inner: int, groups: int | None = None):
+    """A new model as deep as the teacher, its layers narrower: `inner` feed-forward neurons and `groups` groups of heads each.
+
+    A group is a key-value head with the query heads that share it. Kept are the neurons and groups whose weights are largest
+    together: the product of the norms of what leads into a neuron and what leads out of it. The hidden size stays, so the
+    embeddings and every layer still fit together.
+    Source: Ma, Fang, Wang, "LLM-Pruner: On the Structural Pruning of Large Language Models", 2023,
+    https://arxiv.org/abs/2305.11627 (dependent weights are cut together); the score here is their simplest, by magnitude.
+    Raises StudentError for sizes that the teacher does not have.
+    """
+    import torch
+
+    config, old = copy.deepcopy(teacher.config), teacher.config
+    groups = old.num_key_value_heads if groups is None else groups
+    if not 0 < inner <= old.intermediate_size or not 0 < groups <= old.num_key_value_heads:
+        raise StudentError(
+            f"A student of {inner} inner neurons and {groups} groups of heads was asked for: expected 1 to "
+            f"{old.intermediate_size} and 1 to {old.num_key_value_heads}, the teacher's own."
+        )
+    each = old.num_attention_heads // old.num_key_value_heads
+    size = getattr(old, "head_dim", None) or old.hidden_size // old.num_attention_heads
+    config.intermediate_size, config.head_dim = inner, size
+    config.num_key_value_heads, config.num_attention_heads = groups, groups * each
+    weights = dict(teacher.state_dict())
+    for number, layer in enumerate(teacher.model.layers):
+        name = f"model.layers.{number}."
+        mlp, attention = layer.mlp, layer.self_attn
+        strength = mlp.gate_proj.weight.norm(dim=1) * mlp.up_proj.weight.norm(dim=1) * mlp.down_proj.weight.norm(dim=0)
+        kept = strength.topk(inner).indices.sort().values
+        for part in ("gate_proj", "up_proj"):
+            weights[f"{name}mlp.{part}.weight"] = getattr(mlp, part).weight[kept]
+        weights[f"{name}mlp.down_proj.weight"] = mlp.down_proj.weight[:, kept]
+        values = attention.v_proj.weight.view(-1, size, old.hidden_size).norm(dim=(1, 2))
+        outputs = attention.o_proj.weight.view(old.hidden_size, -1, each * size).norm(dim=(0, 2))
+        chosen = (values * outputs).topk(groups).indices.sort().values
+        queries = torch.cat([torch.arange(g * each * size, (g + 1) * each * size) for g in chosen.tolist()])
+        keys = torch.cat([torch.arange(g * size, (g + 1) * size) for g in chosen.tolist()])
+        weights[f"{name}self_attn.q_proj.weight"] = attention.q_proj.weight[queries]
+        weights[f"{name}self_attn.k_proj.weight"] = attention.k_proj.weight[keys]
+        weights[f"{name}self_attn.v_proj.weight"] = attention.v_proj.weight[keys]
+        weights[f"{name}self_attn.o_proj.weight"] = attention.o_proj.weight[:, queries]
+    with torch.device("meta"):
+        student = type(teacher)(config)
+    student.load_state_dict({key: value.detach().clone() for key, value in weights.items()}, assign=True)
+    student.tie_weights()
+    student.model.rotary_emb = copy.deepcopy(teacher.model.rotary_emb)
+    student.generation_config = copy.deepcopy(teacher.generation_config)
+    return student
+
+
 def renumber(settings, name: str, number: dict[int, int]) -> None:
     """Replace the token ids under a name in a model's configuration by their new numbers."""
     value = getattr(settings, name, None)

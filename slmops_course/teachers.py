@@ -16,6 +16,7 @@ from slmops_course.chat import (
     RecordedChatModel,
     batches_by_length,
     decode_reply,
+    pad_left,
     prompt_ids,
 )
 from slmops_course.errors import CourseError
@@ -186,13 +187,13 @@ def sample_answers(
     torch.manual_seed(seed)
     prompts = [prompt_ids(tokenizer, conversation) for conversation in conversations]
     for indexes, batch in batches_by_length(prompts, max(1, BATCH_SIZE // each)):
-        padded = tokenizer.pad({"input_ids": batch}, padding_side="left", pad_to_multiple_of=8, return_tensors="pt")
+        ids, mask = pad_left(batch, pad=tokenizer.pad_token_id)
         with torch.inference_mode():
             out = model.generate(
-                **padded, max_new_tokens=max_new_tokens, num_return_sequences=each,
+                input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, num_return_sequences=each,
                 pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, **how,
             )  # fmt: skip
-        replies = [decode_reply(tokenizer, row)[0] for row in out[:, padded["input_ids"].shape[1] :].tolist()]
+        replies = [decode_reply(tokenizer, row)[0] for row in out[:, ids.shape[1] :].tolist()]
         for number, index in enumerate(indexes):
             answers[index] = replies[number * each : (number + 1) * each] * (count // each)
     return [answers[i] for i in range(len(prompts))]

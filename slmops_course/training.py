@@ -167,35 +167,6 @@ def next_token_loss(model, batch: Batch):
     return torch.nn.functional.cross_entropy(answer_logits(model, batch), batch.targets)
 
 
-def distillation_loss(teacher_states: Sequence, teacher_head, *, temperature: float, label_share: float) -> Callable:
-    """A loss that pulls the student's distribution over the next token towards the teacher's.
-
-    `teacher_states[i]` holds the teacher's final hidden states for row i, shape (answer tokens, teacher's hidden size);
-    with `teacher_head`, shape (vocabulary, teacher's hidden size), they give back its logits exactly, in a fraction of
-    the memory. The loss is `(1 - label_share) * T^2 * KL(teacher || student at temperature T) + label_share * CE`.
-    Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, https://arxiv.org/abs/1503.02531
-    """
-    import torch
-    from torch.nn import functional
-
-    if not 0 < temperature < math.inf:
-        raise TrainingError(f"The distillation temperature is {temperature}: expected above 0; 1 to 4 is usual.")
-    if not 0 <= label_share <= 1:
-        raise TrainingError(f"The label_share is {label_share}: expected 0 to 1; 0.3 is usual.")
-
-    def loss(model, batch: Batch):
-        with torch.no_grad():
-            states = torch.cat([teacher_states[i] for i in batch.indexes])
-            wanted = functional.log_softmax(project(states, lambda rows: rows @ teacher_head.T) / temperature, dim=-1)
-        logits = answer_logits(model, batch)
-        given = functional.log_softmax(logits / temperature, dim=-1)
-        divergence = functional.kl_div(given, wanted, log_target=True, reduction="batchmean")
-        hard = functional.cross_entropy(logits, batch.targets) if label_share else 0.0
-        return (1 - label_share) * temperature**2 * divergence + label_share * hard
-
-    return loss
-
-
 def train(model, rows: Sequence[Row], settings: TrainingSettings, *, loss: Callable = next_token_loss) -> list[dict]:
     """Train in place and return one entry a step: {"step", "epoch", "loss", "tokens"}.
 
@@ -362,12 +333,8 @@ def freeze_below(model, trained_layers: int | None) -> None:
 
     The weights are kept in bfloat16 where that is fast; `train` keeps fp32 masters of those that learn.
     """
-    import torch
-
     layers = model.model.layers
-    model.requires_grad_(False)
-    if has_fast_bfloat16():
-        model.to(torch.bfloat16)
+    to_fast_dtype(model).requires_grad_(False)
     for layer in layers[len(layers) - (trained_layers or len(layers)) :]:
         layer.requires_grad_(True)
     model.model.norm.requires_grad_(True)
@@ -378,6 +345,13 @@ def has_fast_bfloat16() -> bool:
     import torch
 
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def to_fast_dtype(model):
+    """The model, in place, in the number format that is fast here; a model that was trained is left in fp32."""
+    import torch
+
+    return model.to(getattr(torch, fast_dtype()))
 
 
 def fast_dtype() -> str:

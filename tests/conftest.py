@@ -7,9 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from slmops_course.adapters import LoraSettings
+from slmops_course.artifacts import Store
 from slmops_course.models import write_tiny_model
 from slmops_course.optimize import optimize
+from slmops_course.pipeline import Course
+from slmops_course.profiles import Profile
+from slmops_course.students import StudentShape
 from slmops_course.tasks import SPLITS, Task, load_task
+from slmops_course.training import TrainingSettings
+from slmops_course.tuning import Teaching
 
 TINY_SCHEMA = {
     "type": "object",
@@ -52,6 +59,23 @@ TINY_ROWS = {
         ("How do I bake bread?", None, None),
     ],
 }
+TINY = Profile(
+    teacher=TrainingSettings(epochs=60, learning_rate=5e-3, batch_size=4, trained_layers=None),
+    comparison=TrainingSettings(epochs=4, learning_rate=3e-3, batch_size=4),
+    student=TrainingSettings(epochs=5, learning_rate=3e-3, batch_size=4, rounded_bits=4),
+    student_shape=StudentShape(layers=2, tokens=300),
+    logits=Teaching(temperature=2.0, label_share=0.3),
+    teaching=Teaching(temperature=2.0, label_share=0.3, matched_layers=1),
+    lora=LoraSettings(rank=4, alpha=8),
+    lora_training=TrainingSettings(epochs=2, learning_rate=3e-3, batch_size=4),
+    olive_rows=4,
+    olive_training=TrainingSettings(epochs=1, learning_rate=1e-3, batch_size=4),
+    unlabelled=None,
+    sampled_messages=2,
+    test_messages=None,
+    base_messages=3,
+    speed_messages=3,
+)
 
 
 @pytest.fixture(scope="session")
@@ -89,6 +113,15 @@ def tiny_onnx_folder(tiny_model_folder, tiny_task, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "onnx-int4-rtn"
     optimize("int4-rtn", model=tiny_model_folder, task=tiny_task, folder=folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def course(tiny_task_folder, tiny_model_folder, tmp_path_factory):
+    """A course on the tiny task and the tiny model, whose every stage takes a second or so; one for each test module."""
+    store = Store(tmp_path_factory.mktemp("course") / "artifacts")
+    made = Course(store, load_task(tiny_task_folder), model=str(tiny_model_folder))
+    made.profile = TINY
+    return made
 
 
 @pytest.fixture

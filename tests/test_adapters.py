@@ -1,8 +1,10 @@
+import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, LlamaForCausalLM
 
 from slmops_course.adapters import (
     ALL_LINEAR,
@@ -12,10 +14,12 @@ from slmops_course.adapters import (
     linear_shapes,
     olive_lora_passes,
     open_adapter,
+    quantize_frozen,
     search_lora,
     trainable_parameters,
 )
 from slmops_course.chat import load_torch
+from slmops_course.students import cut_student
 from slmops_course.training import TrainingError, TrainingSettings, encode_rows, has_fast_bfloat16, train
 
 SMALL = LoraSettings(rank=4, alpha=8)
@@ -123,6 +127,59 @@ def test_a_saved_adapter_comes_back_and_can_be_switched_off(model, rows, tiny_mo
 def test_a_folder_without_an_adapter_is_named(model, tmp_path):
     with pytest.raises(AdapterError, match=r"no adapter in .*adapter_config\.json"):
         open_adapter(model, tmp_path, name="desk")
+
+
+def test_an_adapter_for_another_base_is_refused_before_anything_changes(model, tmp_path):
+    wide = copy.deepcopy(model.config)
+    wide.hidden_size = 96
+    add_lora(model, SMALL).save_pretrained(tmp_path / "adapter")
+    other = LlamaForCausalLM(wide)
+    before = list(other.state_dict())
+    with pytest.raises(AdapterError, match=r"has 64 for a side of model\.layers\.0\..* and the model has 96: expected"):
+        open_adapter(other, tmp_path / "adapter", name="desk")
+    assert list(other.state_dict()) == before
+
+
+def test_an_adapter_for_a_deeper_base_is_refused(model, tiny_model_folder, tmp_path):
+    add_lora(model, SMALL).save_pretrained(tmp_path / "adapter")
+    shallow = cut_student(load_torch(tiny_model_folder)[0], [0])
+    with pytest.raises(AdapterError, match=r"for a side of model\.layers\.1\..* and the model has no such layer"):
+        open_adapter(shallow, tmp_path / "adapter", name="desk")
+
+
+class TestQuantizedBase:
+    def test_only_frozen_matrices_are_packed_and_answers_stay_near(self, model, rows):
+        ids = torch.tensor([rows[0].ids])
+        add_lora(model, SMALL)
+        with torch.no_grad():
+            before = model(ids).logits.float()
+        whole = sum(p.numel() * p.element_size() for p in model.model.layers.parameters())
+        quantize_frozen(model)
+        packed = model.model.layers[0].mlp.up_proj
+        assert packed.base_layer.weight.dtype == torch.uint8
+        assert packed.lora_A["default"].weight.is_floating_point()
+        with torch.no_grad():
+            after = model(ids).logits.float()
+        assert not torch.equal(before, after)
+        assert (after - before).norm() < 0.5 * before.norm()
+        assert sum(p.numel() * p.element_size() for p in model.model.layers.parameters()) < 0.6 * whole
+
+    def test_adapters_learn_beside_a_packed_base_that_stays_as_it_was(self, model, rows):
+        add_lora(model, SMALL)
+        quantize_frozen(model)
+        before = model.model.layers[0].mlp.up_proj.base_layer.weight.clone()
+        history = train(model, rows, replace(QUICK, epochs=20))
+        assert history[-1]["loss"] < 0.9 * history[0]["loss"]
+        assert torch.equal(model.model.layers[0].mlp.up_proj.base_layer.weight, before)
+
+
+def test_dora_learns_the_lengths_too(model, rows):
+    tuned = add_lora(model, replace(SMALL, use_dora=True))
+    lengths = [name for name, p in tuned.named_parameters() if p.requires_grad and "magnitude" in name]
+    assert len(lengths) == 2 * len(SMALL.target_modules)
+    before = {name: p.clone() for name, p in tuned.named_parameters() if name in lengths}
+    train(model, rows, QUICK)
+    assert any(not torch.equal(p, before[name]) for name, p in tuned.named_parameters() if name in before)
 
 
 def test_parameters_that_learn_are_counted(model):

@@ -10,10 +10,11 @@ PACKAGE = Path(__file__).parent.parent / "slmops_course"
 
 # From the first stage to what joins them. A module may import those above it.
 ORDER = (
-    "errors", "sampling", "network", "artifacts", "models", "chat", "tasks", "training", "evaluation", "textmetrics",
-    "teachers", "endpoints", "rehearsal", "validation", "filters", "general", "students", "adapters", "olive", "optimize",
-    "serving", "benchmark", "sizing", "profiles", "tuning", "pipeline", "plots", "report", "doctor", "authoring.execute",
-    "authoring", "cli",
+    "errors", "sampling", "network", "artifacts", "models", "chat", "tasks", "training", "losses", "evaluation",
+    "textmetrics", "teachers", "endpoints", "rehearsal", "validation", "filters", "general", "students", "adapters",
+    "heads", "olive", "optimize", "serving", "switching", "benchmark", "sizing", "tuning", "profiles", "pipeline", "plots",
+    "report", "doctor", "experiments.students", "experiments.labelling", "experiments.methods", "experiments.desks",
+    "experiments.speed", "experiments", "authoring.execute", "authoring", "cli",
 )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from slmops_course.optimize import (
     recipe_passes,
     weight_bytes,
 )
+from slmops_course.training import encode_rows
 
 
 @pytest.fixture(scope="session")
@@ -144,6 +145,20 @@ def test_calibration_rows_are_whole_conversations(tmp_path, tiny_model_folder, t
     for row, example in zip(rows, examples, strict=True):
         assert example.text in row
         assert tiny_task.target(example.answer) in row
+
+
+def test_olive_cuts_conversations_into_the_tokens_that_we_train_on(tmp_path, loaded, tiny_task):
+    from datasets import load_dataset
+    from olive.data.component.text_generation import text_gen_pre_process
+
+    examples, tokenizer = tiny_task.splits["train"][:3], loaded[1]
+    path = write_conversations(tmp_path / "rows.jsonl", tiny_task, examples, tokenizer)
+    config = olive_config(model=tmp_path, output=tmp_path / "out", passes={}, rows=path)["data_configs"][0]
+    texts = load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path))
+    theirs = text_gen_pre_process(texts, tokenizer, dict(config["pre_process_data_config"]))
+    line_break = tokenizer("\n", add_special_tokens=False)["input_ids"]  # the template puts one after the end token
+    for number, ours in enumerate(encode_rows(tokenizer, tiny_task, examples)):
+        assert [int(token) for token in theirs[number][0]["input_ids"]] == ours.ids + line_break
 
 
 def test_when_olive_fails_its_last_words_are_in_the_error(tmp_path):

@@ -1,46 +1,18 @@
 """The path from base model to scoreboard, on a model and a task so small that every stage takes seconds."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from slmops_course.adapters import LoraSettings
 from slmops_course.artifacts import Store, check_artifact
 from slmops_course.errors import CourseError
 from slmops_course.general import load_questions
 from slmops_course.pipeline import Course, few_shots, open_course
-from slmops_course.profiles import PROFILES, Profile
-from slmops_course.students import StudentShape
-from slmops_course.tasks import load_task
+from slmops_course.profiles import PROFILES
 from slmops_course.teachers import load_labelled
-from slmops_course.training import TrainingSettings
-from slmops_course.tuning import teacher_states
-
-TINY = Profile(
-    teacher=TrainingSettings(epochs=60, learning_rate=5e-3, batch_size=4, trained_layers=None),
-    comparison=TrainingSettings(epochs=4, learning_rate=3e-3, batch_size=4),
-    student=TrainingSettings(epochs=5, learning_rate=3e-3, batch_size=4, rounded_bits=4),
-    student_shape=StudentShape(layers=2, tokens=300),
-    temperature=2.0,
-    label_share=0.3,
-    lora=LoraSettings(rank=4, alpha=8),
-    lora_training=TrainingSettings(epochs=2, learning_rate=3e-3, batch_size=4),
-    olive_rows=4,
-    olive_training=TrainingSettings(epochs=1, learning_rate=1e-3, batch_size=4),
-    unlabelled=None,
-    sampled_messages=2,
-    test_messages=None,
-    base_messages=3,
-    speed_messages=3,
-)
-
-
-@pytest.fixture(scope="module")
-def course(tiny_task_folder, tiny_model_folder, tmp_path_factory):
-    store = Store(tmp_path_factory.mktemp("course") / "artifacts")
-    made = Course(store, load_task(tiny_task_folder), model=str(tiny_model_folder))
-    made.profile = TINY
-    return made
+from slmops_course.training import TrainingError, fast_dtype
+from slmops_course.tuning import Teaching, teacher_states, teaching_loss
 
 
 def test_the_teacher_learns_what_the_base_model_does_not_know(course):
@@ -67,7 +39,7 @@ def test_a_student_has_its_layers_and_its_history(course, kind):
 
     student = course.compared_student(kind)
     config = student.json("config.json")
-    assert config["num_hidden_layers"] == TINY.student_shape.layers
+    assert config["num_hidden_layers"] == course.profile.student_shape.layers
     assert config["vocab_size"] == len(AutoTokenizer.from_pretrained(student.path))
     losses = [step["loss"] for step in student.json("history.json")]
     assert len(losses) > 5
@@ -76,7 +48,7 @@ def test_a_student_has_its_layers_and_its_history(course, kind):
 
 def test_all_students_take_the_same_number_of_steps(course):
     steps = {kind: len(course.compared_student(kind).json("history.json")) for kind in ("alone", "sequence", "logit")}
-    assert max(steps.values()) - min(steps.values()) <= TINY.comparison.epochs
+    assert max(steps.values()) - min(steps.values()) <= course.profile.comparison.epochs
 
 
 def test_a_second_course_over_the_same_store_builds_nothing(course, caplog):
@@ -84,7 +56,7 @@ def test_a_second_course_over_the_same_store_builds_nothing(course, caplog):
     caplog.clear()
     caplog.set_level("INFO", logger="slmops_course")
     again = Course(Store(course.store.root), course.task, model=course.model_name)
-    again.profile = TINY
+    again.profile = course.profile
     again.student()
     assert "building" not in caplog.text
 
@@ -118,10 +90,58 @@ def test_teacher_states_give_back_the_teachers_own_logits(course):
     folder = course.teacher().path
     model, tokenizer = load_torch(folder)
     row = encode_rows(tokenizer, course.task, course.task.splits["train"][:1])[0]
-    states, head = teacher_states(folder, [row])
+    states, head, inner = teacher_states(folder, [row], layers=[0])
     with torch.inference_mode():
-        logits = model(torch.tensor([row.ids])).logits[0, row.answer_start - 1 : -1]
-    torch.testing.assert_close((states[0] @ head.T).float(), logits, atol=0.2, rtol=0.1)
+        out = model(torch.tensor([row.ids]), output_hidden_states=True)
+    answer = slice(row.answer_start - 1, -1)
+    torch.testing.assert_close((states[0] @ head.T).float(), out.logits[0, answer], atol=0.2, rtol=0.1)
+    # Number 0 of a model's hidden states is what goes into its first layer.
+    torch.testing.assert_close(inner[0][0].float(), out.hidden_states[1][0, answer], atol=0.1, rtol=0.1)
+
+
+@pytest.mark.parametrize("count", [-1, 2])
+def test_more_matched_layers_than_the_student_has_are_refused(course, count):
+    again = Course(course.store, course.task, model=course.model_name)
+    again.profile = replace(course.profile, teaching=replace(course.profile.teaching, matched_layers=count))
+    with pytest.raises(TrainingError, match=f"matched_layers is {count}: expected 0 to 1"):
+        again.student()
+
+
+def test_a_students_layer_is_matched_with_the_teachers_layer_that_it_is_a_copy_of(course):
+    from slmops_course.chat import load_torch
+    from slmops_course.training import encode_rows, make_batch, next_token_loss
+
+    model, tokenizer = load_torch(course.teacher().path, dtype=fast_dtype())
+    rows = encode_rows(tokenizer, course.task, course.task.splits["train"])
+    how, batch = Teaching(temperature=1.0, label_share=1.0, matched_layers=1), make_batch(rows, [0, 1])
+    plain = next_token_loss(model, batch).item()
+    same, turned = (
+        teaching_loss(how, course.teacher().path, rows, order, None)(model, batch).item() for order in ([0, 1], [1, 0])
+    )
+    assert same == pytest.approx(plain, abs=0.01)
+    assert turned > plain + 0.05
+
+
+def test_matched_layers_end_nearer_to_the_teachers_than_unmatched_ones(course):
+    import torch
+
+    from slmops_course.chat import load_torch
+    from slmops_course.training import encode_rows
+
+    def apart(weight):
+        again = Course(course.store, course.task, model=course.model_name)
+        teaching = Teaching(temperature=1.0, label_share=1.0, matched_layers=1, matching_weight=weight)
+        again.profile = replace(course.profile, teaching=teaching, student=replace(course.profile.student, epochs=20))
+        student, tokenizer = load_torch(again.student().path)
+        ids = encode_rows(tokenizer, course.task, course.task.splits["train"][:1])[0].ids
+        teacher, tokenizer = load_torch(course.teacher().path)
+        wanted = encode_rows(tokenizer, course.task, course.task.splits["train"][:1])[0].ids
+        with torch.inference_mode():
+            pair = [model(torch.tensor([i]), output_hidden_states=True).hidden_states[1][0, -8:] for model, i in
+                    ((student, ids), (teacher, wanted))]  # fmt: skip
+        return (1 - torch.cosine_similarity(*pair)).mean().item()
+
+    assert apart(100.0) < apart(0.001)
 
 
 def test_a_model_says_how_sure_it_is_of_each_answer(course):

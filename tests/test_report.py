@@ -65,7 +65,7 @@ def test_executed_chapters_are_rendered_and_linked(rows, tmp_path):
 def figures(rows):
     history = [{"epoch": i / 10, "loss": 1 / (i + 1)} for i in range(20)]
     return {
-        "size": plots.plot_size_against_score(rows),
+        "size": plots.plot_size_against_score(rows, with_frontier=True),
         "losses": plots.plot_losses({"a": history, "b": history}, title="Loss"),
         "scores": plots.plot_scores({"a": Score(0.5, 0.5, 0.5, 4)}, title="Scores"),
         "bars": plots.plot_bars({"a": 1.0, "b": 2.0}, title="Bars", xlabel="MB"),
@@ -85,3 +85,12 @@ def test_a_figure_as_html_carries_its_alternative_text():
     text = plots.image_html(plots.plot_bars({"a": 1.0}, title="Bars", xlabel="MB"), 'Bars with "quotes"')
     assert 'alt="Bars with &quot;quotes&quot;"' in text
     assert "data:image/png;base64,iVBOR" in text
+
+
+def test_the_frontier_holds_what_no_smaller_model_beats():
+    rows = [
+        {"name": name, "size_bytes": size, "scores": {"exact_match": {"value": value}}}
+        for name, size, value in (("c", 3, 0.6), ("a", 1, 0.5), ("b", 2, 0.4), ("d", 3, 0.7), ("e", 4, 0.7))
+    ]
+    assert [row["name"] for row in plots.frontier(rows)] == ["a", "d"]
+    assert plots.frontier([]) == []

@@ -7,6 +7,7 @@ from slmops_course.chat import load_torch, prompt_ids
 from slmops_course.students import (
     StudentError,
     cut_student,
+    cut_width,
     kept_layers,
     kept_tokens,
     parameters_by_part,
@@ -201,3 +202,58 @@ def test_tokens_that_a_tokenizer_adds_itself_get_their_new_numbers(tokenizer, ke
     )
     trimmed = trim_tokenizer(adding, kept[::-1])
     assert trimmed("I")["input_ids"][-1] == trimmed.eos_token_id != tokenizer.eos_token_id
+
+
+class TestWidth:
+    def test_a_student_of_the_full_width_answers_as_its_teacher(self, teacher):
+        config, ids = teacher.config, torch.arange(3, 11)[None]
+        whole = cut_width(teacher, inner=config.intermediate_size, groups=config.num_key_value_heads)
+        with torch.no_grad():
+            assert torch.allclose(whole(ids).logits, teacher(ids).logits, atol=1e-5)
+
+    def test_neurons_that_do_nothing_are_the_first_to_go(self, teacher):
+        config, ids = teacher.config, torch.arange(3, 11)[None]
+        idle = torch.arange(0, config.intermediate_size, 2)
+        with torch.no_grad():
+            for layer in teacher.model.layers:
+                layer.mlp.down_proj.weight[:, idle] = 0
+            narrow = cut_width(teacher, inner=config.intermediate_size // 2)
+            assert torch.allclose(narrow(ids).logits, teacher(ids).logits, atol=1e-5)
+
+    def test_a_group_of_heads_that_does_nothing_is_the_first_to_go(self, teacher):
+        config, ids = teacher.config, torch.arange(3, 11)[None]
+        assert config.num_key_value_heads == 2
+        half = config.num_attention_heads // 2 * config.head_dim
+        with torch.no_grad():
+            for layer in teacher.model.layers:
+                layer.self_attn.o_proj.weight[:, :half] = 0
+            narrow = cut_width(teacher, inner=config.intermediate_size, groups=1)
+            assert torch.allclose(narrow(ids).logits, teacher(ids).logits, atol=1e-5)
+
+    def test_the_student_has_the_widths_asked_for_and_shares_nothing(self, teacher):
+        narrow = cut_width(teacher, inner=8, groups=1)
+        attention, mlp = narrow.model.layers[0].self_attn, narrow.model.layers[0].mlp
+        size, hidden = teacher.config.head_dim, teacher.config.hidden_size
+        each = teacher.config.num_attention_heads // teacher.config.num_key_value_heads
+        assert attention.q_proj.weight.shape == (each * size, hidden)
+        assert attention.k_proj.weight.shape == attention.v_proj.weight.shape == (size, hidden)
+        assert attention.o_proj.weight.shape == (hidden, each * size)
+        assert mlp.up_proj.weight.shape == (8, hidden)
+        assert mlp.down_proj.weight.shape == (hidden, 8)
+        before = {name: value.clone() for name, value in teacher.state_dict().items()}
+        with torch.no_grad():
+            for weight in narrow.parameters():
+                weight.zero_()
+        assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+    def test_it_can_be_saved_and_opened(self, teacher, tokenizer, tmp_path):
+        narrow = cut_width(teacher, inner=8, groups=1)
+        save_model(narrow, tokenizer, tmp_path)
+        ids = torch.arange(3, 11)[None]
+        with torch.no_grad():
+            assert torch.allclose(load_torch(tmp_path)[0](ids).logits, narrow(ids).logits, atol=1e-5)
+
+    @pytest.mark.parametrize("sizes", [{"inner": 0}, {"inner": 10_000}, {"inner": 8, "groups": 0}, {"inner": 8, "groups": 9}])
+    def test_widths_that_the_teacher_does_not_have_are_refused(self, teacher, sizes):
+        with pytest.raises(StudentError, match=f"A student of {sizes['inner']} inner neurons .* was asked for: expected 1 to"):
+            cut_width(teacher, **sizes)

@@ -16,7 +16,6 @@ from slmops_course.training import (
     answer_states,
     batch_indexes,
     check_settings,
-    distillation_loss,
     encode_rows,
     freeze_below,
     make_batch,
@@ -295,49 +294,6 @@ class TestRefusals:
 
     def test_good_settings_pass(self, model, rows):
         check_settings(model, rows, replace(QUICK, trained_layers=2, warmup_share=0.0, weight_decay=0.0))
-
-    @pytest.mark.parametrize("temperature", [0, -1.0, math.nan])
-    def test_an_impossible_distillation_temperature_is_refused(self, temperature):
-        with pytest.raises(TrainingError, match=f"distillation temperature is {temperature}: expected above 0"):
-            distillation_loss([], None, temperature=temperature, label_share=0.0)
-
-    @pytest.mark.parametrize("share", [-0.1, 1.1, math.nan])
-    def test_an_impossible_label_share_is_refused(self, share):
-        with pytest.raises(TrainingError, match=f"label_share is {share}: expected 0 to 1"):
-            distillation_loss([], None, temperature=2.0, label_share=share)
-
-
-class TestDistillation:
-    @pytest.fixture
-    def soft(self, model, rows):
-        """The model's own states, row by row, and its head: a teacher that equals its student."""
-        with torch.no_grad():
-            states = [answer_states(model, make_batch(rows, [i])) for i in range(len(rows))]
-        return states, model.lm_head.weight.detach().clone()
-
-    @pytest.mark.parametrize("temperature", [1.0, 2.0, 5.0])
-    def test_a_student_equal_to_its_teacher_has_no_loss(self, model, rows, soft, temperature):
-        loss = distillation_loss(*soft, temperature=temperature, label_share=0.0)
-        assert loss(model, make_batch(rows, [3, 0, 1])).item() == pytest.approx(0, abs=1e-5)
-
-    def test_another_student_has_some(self, model, rows, soft):
-        loss = distillation_loss(*soft, temperature=2.0, label_share=0.0)
-        model.model.layers[1].mlp.down_proj.weight.data += 0.5
-        assert loss(model, make_batch(rows, [0, 1])).item() > 1e-3
-
-    def test_with_a_label_share_of_one_it_is_the_plain_loss(self, model, rows, soft):
-        batch = make_batch(rows, [0, 1])
-        loss = distillation_loss(*soft, temperature=2.0, label_share=1.0)
-        assert loss(model, batch).item() == pytest.approx(next_token_loss(model, batch).item(), rel=1e-5)
-
-    def test_it_is_the_divergence_from_the_teacher_times_the_squared_temperature(self, model, rows, soft):
-        states, head = soft
-        batch, temperature = make_batch(rows, [0]), 3.0
-        teacher = (states[0] @ head.T * 1.5 / temperature).softmax(-1)
-        student = (states[0] @ head.T / temperature).softmax(-1)
-        expected = temperature**2 * (teacher * (teacher / student).log()).sum(-1).mean()
-        found = distillation_loss(states, head * 1.5, temperature=temperature, label_share=0.0)(model, batch)
-        assert found.item() == pytest.approx(expected.item(), rel=1e-3)
 
 
 def test_examples_without_an_answer_are_no_training_rows(tokenizer, tiny_task):

@@ -1,0 +1,243 @@
+"""Side experiments: their mechanism, and each one on a task and a model so small that it takes seconds.
+
+How fast training is has a module of its own, test_experiments_speed.py.
+"""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+
+from slmops_course import experiments, training
+from slmops_course.experiments.labelling import label_sets, take_surer
+from slmops_course.experiments.methods import METHODS, compare_contrastive, compare_noise, first_of_each, mislabel, try_method
+from slmops_course.experiments.students import Bench, compare_shapes, shapes_of
+from slmops_course.pipeline import Course
+from slmops_course.tasks import Example
+from slmops_course.teachers import Labelled, load_labelled
+
+RECORD = experiments.Record(
+    "losses", [{"name": "a", "exact_match": 0.5}], "desk", "model", "fast", "2026-01-31", "x86_64, 2 cores, avx2", 0, 125.0
+)
+
+
+@pytest.fixture(scope="module")
+def bench(course):
+    return Bench(course)
+
+
+@pytest.fixture(scope="module")
+def tried(course):
+    """Every method's row."""
+    return {name: try_method(name, course.base().path, course.task, course.profile) for name in METHODS}
+
+
+class TestRecords:
+    def test_what_is_kept_comes_back_marked_as_kept(self, tmp_path):
+        experiments.keep(RECORD, tmp_path)
+        assert experiments.load_kept("losses", tmp_path) == replace(RECORD, kept=True)
+
+    def test_a_kept_record_says_that_it_was_skipped_and_where_it_is_from(self, tmp_path):
+        sentence = str(replace(RECORD, kept=True))
+        for part in ("skips", "2026-01-31", "x86_64, 2 cores, avx2", "seed 0", "2 minutes", "slmops experiment losses"):
+            assert part in sentence
+
+    def test_a_record_of_this_run_does_not_say_that_it_was_skipped(self):
+        assert "skips" not in str(RECORD)
+
+    def test_an_unknown_experiment_is_refused(self, course):
+        with pytest.raises(experiments.ExperimentError, match="There is no experiment 'loses': expected one of luck, losses, "):
+            experiments.run(course, "loses")
+
+    def test_missing_figures_are_named_with_the_command_that_makes_them(self, tmp_path):
+        with pytest.raises(experiments.ExperimentError, match=r"No figures .* `slmops experiment losses --save` makes it"):
+            experiments.load_kept("losses", tmp_path)
+
+    @pytest.mark.parametrize("text", ["{", "[]", '{"name": "losses"}'])
+    def test_unreadable_figures_are_named(self, text, tmp_path):
+        (tmp_path / "losses.json").write_text(text, "utf-8")
+        with pytest.raises(experiments.ExperimentError, match=r"losses\.json cannot be read"):
+            experiments.load_kept("losses", tmp_path)
+
+    def test_the_fast_profile_shows_what_is_kept_and_the_full_one_measures(self, course, capsys):
+        shown = experiments.show(course, "temperatures")
+        assert shown.kept
+        assert "skips" in capsys.readouterr().out
+        full = Course(course.store, course.task, profile="full", model=course.model_name)
+        full.profile = course.profile
+        measured = experiments.show(full, "temperatures")
+        assert (measured.kept, measured.task) == (False, "tiny_desk")
+        assert experiments.show(full, "temperatures") == measured  # not measured twice
+
+
+@pytest.mark.parametrize("name", experiments.EXPERIMENTS)
+class TestKeptFigures:
+    def test_they_say_when_where_and_from_which_seed(self, name):
+        record = experiments.load_kept(name)
+        assert record.name == name
+        assert re.fullmatch(r"20\d\d-\d\d-\d\d", record.date)
+        assert re.fullmatch(r"\w+, \d+ cores, [\w ]+", record.machine)
+        assert (record.task, record.model, record.seed) == ("support_desk", "smollm2-135m", experiments.SEED)
+        assert record.duration_s > 10
+
+    def test_scores_lie_in_their_intervals(self, name):
+        scores = [row["exact_match"] for row in experiments.load_kept(name).rows if isinstance(row.get("exact_match"), dict)]
+        assert all(0 <= s["low"] <= s["value"] <= s["high"] <= 1 and s["count"] > 50 for s in scores)
+
+    def test_no_two_rows_have_one_name(self, name):
+        rows = experiments.load_kept(name).rows
+        assert len(rows) > 1
+        assert len({json.dumps([row.get(key) for key in ("name", "adapter", "desk")]) for row in rows}) == len(rows)
+
+
+def scores(name):
+    return {row["name"]: row["exact_match"]["value"] for row in experiments.load_kept(name).rows if row.get("exact_match")}
+
+
+class TestWhatTheChaptersSay:
+    """Claims about kept figures in the chapters' answers: new figures that break one ask for new words."""
+
+    def test_matched_layers_bring_more_than_the_teachers_distribution(self):
+        found = scores("losses")
+        assert found["labels"] < found["forward KL"] < found["labels + inner layers"]
+        assert min(found, key=found.get) == "reverse KL"
+
+    def test_the_order_of_the_rows_moves_a_score_by_twelve_points(self):
+        values = scores("luck").values()
+        assert max(values) - min(values) == pytest.approx(0.12, abs=0.005)
+        assert scores("losses")["reverse KL"] < min(values)
+        assert max(values) - min(values) < scores("losses")["labels + inner layers"] - scores("losses")["labels"]
+        sweep = scores("temperatures").values()
+        assert max(sweep) - min(sweep) < 1.5 * (max(values) - min(values))
+
+    def test_the_temperatures_scores_have_no_one_peak(self):
+        first, second, third, fourth = scores("temperatures").values()
+        assert first < second > third < fourth
+
+    def test_filters_clean_the_labels_and_the_right_labels_bring_little(self):
+        rows = {row["name"]: row for row in experiments.load_kept("labels").rows}
+        assert rows["all labels"]["right"] < 0.88 < 0.93 < rows["all three filters"]["right"]
+        assert rows["the right labels"]["difference"]["value"] < 0.03
+        assert rows["the second teacher's labels"]["right"] < 0.65
+        best = max((row for row in rows.values() if "exact_match" in row), key=lambda row: row["exact_match"]["value"])
+        assert best["name"] == "both teachers agree"
+        assert best["difference"]["low"] > 0
+        assert sum(row["difference"]["low"] > 0 for row in rows.values()) == 1
+
+    def test_full_tuning_is_ahead_and_adapters_save_memory_and_disk(self):
+        rows = {row["name"]: row for row in experiments.load_kept("methods").rows}
+        assert max(scores("methods"), key=scores("methods").get) == "full"
+        assert rows["QLoRA"]["memory_bytes"] < rows["LoRA"]["memory_bytes"] < rows["full"]["memory_bytes"]
+        assert rows["LoRA"]["training_s"] < 1.05 * rows["full"]["training_s"]
+        assert rows["LoRA"]["kept_bytes"] < rows["full"]["kept_bytes"] / 50
+
+
+class TestStudents:
+    def test_all_see_as_many_rows_however_few_they_are(self, bench):
+        seen = []
+
+        def counting(model, batch):
+            seen.append(len(batch.indexes))
+            return training.next_token_loss(model, batch)
+
+        counts = []
+        for examples in (bench.examples, bench.examples[:4]):
+            seen.clear()
+            bench.measure("x", bench.cut(), loss=counting, examples=examples)
+            counts.append(sum(seen))
+        assert counts[0] == pytest.approx(counts[1], abs=bench.profile.comparison.batch_size)
+
+    def test_scores_are_compared_with_the_first(self, bench):
+        bench.first = None
+        assert bench.score("first", bench.cut(), bench.trimmed)["difference"]["value"] == 0
+        first = bench.first
+        other = bench.score("other", bench.teacher, bench.tokenizer)
+        assert bench.first is first
+        right = sum(outcome.answer == outcome.expected for outcome in first) / len(first)
+        assert other["difference"]["value"] == pytest.approx(other["exact_match"]["value"] - right)
+
+    @pytest.mark.parametrize(
+        ("name", "rows"),
+        [
+            ("losses", ["labels", "labels + inner layers", "forward KL", "reverse KL", "forward KL + inner layers"]),
+            ("temperatures", ["T = 1", "T = 2", "T = 4", "T = 8"]),
+        ],
+    )
+    def test_an_experiment_has_a_row_for_each_student(self, course, name, rows):
+        found = experiments.run(course, name).rows
+        assert [row["name"] for row in found] == rows
+        assert found[0]["difference"]["value"] == 0
+
+    def test_shapes_of_a_known_depth(self):
+        shapes = {name: layers for _, name, layers in shapes_of(30, 10)}
+        assert [len(layers) for layers in shapes.values()] == [10, 5, 15, 20, 10, 10, 10]
+        assert shapes["the bottom 10"] == list(range(10))
+        assert shapes["the top 10"] == list(range(20, 30))
+        assert shapes["the bottom 5 and the top 5"] == [0, 1, 2, 3, 4, 25, 26, 27, 28, 29]
+
+    def test_shapes_differ_in_what_they_keep(self, course):
+        rows = {row["name"]: row["parameters"] for row in compare_shapes(course)}
+        assert rows["2 layers, 1/3 as wide"]["layers"] < rows["2 layers, 2/3 as wide"]["layers"] < rows["2 layers"]["layers"]
+        assert rows["2 layers, whole vocabulary"]["embeddings"] >= rows["2 layers"]["embeddings"]
+
+
+class TestLabels:
+    def test_filters_take_labels_away_and_the_key_mends_them(self, course, tmp_path):
+        labelled = load_labelled(course.labels().path)
+        key = {e.id: {"intent": "card_lost", "urgency": "low"} for e in labelled.kept}
+        sets = label_sets(course, labelled, key)
+        assert all(len(left.kept) <= len(labelled.kept) for left in sets.values())
+        assert {e.answer["intent"] for e in sets["the right labels"].kept} == {"card_lost"}
+        assert len(sets["the right labels"].kept) == len(labelled.kept)
+        assert "the right labels" not in label_sets(course, labelled, {})
+
+    def test_the_surer_teacher_decides(self):
+        first = Labelled((Example("a", "x", {"i": "1"}), Example("b", "y", {"i": "1"}), Example("c", "z", {"i": "1"})), ())
+        second = Labelled((Example("a", "x", {"i": "2"}), Example("b", "y", {"i": "2"})), ())
+        taken = take_surer(first, {"a": 0.9, "b": 0.4, "c": 0.1}, second, {"a": 0.5, "b": 0.6})
+        assert [example.answer["i"] for example in taken.kept] == ["1", "2", "1"]
+
+    def test_a_filter_that_leaves_nothing_trains_no_student(self, course):
+        rows = experiments.run(course, "labels").rows
+        assert all(("exact_match" in row) == (row["labels"] > 0) for row in rows)
+
+
+class TestMethods:
+    def test_parameters_that_learn_are_fewest_in_a_head_and_most_in_full_tuning(self, tried):
+        learns = {name: row["trained_parameters"] for name, row in tried.items()}
+        assert learns["head, model frozen"] < learns["LoRA"] < learns["DoRA"] < learns["full"] < learns["head and layers"]
+        assert learns["QLoRA"] == learns["LoRA"]
+
+    def test_an_adapter_or_a_head_is_a_small_file_and_tuned_layers_are_the_whole_model(self, tried):
+        kept = {name: row["kept_bytes"] for name, row in tried.items()}
+        assert max(kept["LoRA"], kept["DoRA"], kept["head, model frozen"]) < kept["full"] / 5
+        assert kept["full"] == 4 * tried["full"]["parameters"]
+
+    def test_four_bits_do_not_change_how_many_parameters_there_are(self, tried):
+        assert tried["QLoRA"]["parameters"] == tried["LoRA"]["parameters"]
+
+    def test_a_share_of_the_labels_is_wrong_and_the_rest_untouched(self, tiny_task):
+        examples = tiny_task.splits["train"]
+        changed, wrong = mislabel(examples, 0.25, tiny_task)
+        assert len(wrong) == 3
+        for old, new in zip(examples, changed, strict=True):
+            assert (new.id, new.text) == (old.id, old.text)
+            assert (new.answer["intent"] != old.answer["intent"]) == (old.id in wrong)
+        assert mislabel(examples, 0.25, tiny_task)[1] == wrong
+
+    def test_no_share_changes_nothing(self, tiny_task):
+        assert mislabel(tiny_task.splits["train"], 0.0, tiny_task) == (list(tiny_task.splits["train"]), set())
+
+    def test_the_first_messages_of_each_label(self, tiny_task):
+        chosen = [example.id for example in first_of_each(tiny_task, 2)]
+        assert chosen == ["train-0", "train-1", "train-4", "train-5", "train-8", "train-9"]
+
+    def test_noise_grows_and_the_cure_leaves_out_as_many_rows_as_are_wrong(self, course):
+        rows = compare_noise(course)
+        assert [row["wrong"] for row in rows[:3]] == [0, 1, 4]
+        assert (rows[3]["dropped"], rows[3]["rows"]) == (4, 8)
+
+    def test_each_loss_meets_few_messages_and_all(self, course):
+        rows = compare_contrastive(course)
+        assert [row["name"].split(":")[0] for row in rows] == ["few", "few", "all", "all"]
