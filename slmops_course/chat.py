@@ -4,7 +4,6 @@ A ChatModel turns conversations into replies with their token counts and times. 
 know nothing else, so one table compares a PyTorch model, an ONNX model and a served one.
 """
 
-import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -143,7 +142,6 @@ def load_torch(folder: Path, *, dtype: str = "float32"):
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says that it finds no faster kernel on a model hub
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True, trust_remote_code=False
     )

@@ -5,6 +5,7 @@ it itself.
 """
 
 import json
+import logging
 import math
 import os
 import warnings
@@ -373,8 +374,10 @@ def open_course(
 ) -> Course:
     """A course from a chapter's parameters. Rows of the task that cannot be used are in its `task.rejected`.
 
-    Progress bars are switched off, and so is the warning that a notebook has no widgets to draw them with.
+    Progress bars are switched off, and so are the warnings that a notebook has no widgets to draw them with, and that
+    bitsandbytes, which PEFT imports, finds no faster kernel on a model hub.
     """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.filterwarnings("ignore", message="IProgress not found")
     store = Store(artifacts)
