@@ -15,7 +15,7 @@ from slmops_course.pipeline import Course
 from slmops_course.profiles import Profile
 from slmops_course.students import StudentShape
 from slmops_course.tasks import SPLITS, Task, load_task
-from slmops_course.training import TrainingSettings
+from slmops_course.training import TrainingSettings, encode_rows
 from slmops_course.tuning import Teaching
 
 TINY_SCHEMA = {
@@ -148,3 +148,18 @@ def loaded(tiny_model_folder):
     from slmops_course.chat import load_torch
 
     return load_torch(tiny_model_folder)
+
+
+@pytest.fixture
+def model(loaded):
+    """The tiny model in fp32, its embeddings frozen and all its layers learning."""
+    loaded[0].requires_grad_(False)
+    loaded[0].model.layers.requires_grad_(True)
+    loaded[0].model.norm.requires_grad_(True)
+    return loaded[0]
+
+
+@pytest.fixture
+def rows(loaded, tiny_task):
+    """The tiny task's training rows."""
+    return encode_rows(loaded[1], tiny_task, tiny_task.splits["train"])

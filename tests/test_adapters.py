@@ -20,7 +20,7 @@ from slmops_course.adapters import (
 )
 from slmops_course.chat import load_torch
 from slmops_course.students import cut_student
-from slmops_course.training import TrainingError, TrainingSettings, encode_rows, has_fast_bfloat16, train
+from slmops_course.training import TrainingError, TrainingSettings, has_fast_bfloat16, train
 
 SMALL = LoraSettings(rank=4, alpha=8)
 QUICK = TrainingSettings(epochs=2, learning_rate=5e-3, batch_size=4)
@@ -29,11 +29,6 @@ QUICK = TrainingSettings(epochs=2, learning_rate=5e-3, batch_size=4)
 @pytest.fixture
 def model(loaded):
     return loaded[0]
-
-
-@pytest.fixture
-def rows(loaded, tiny_task):
-    return encode_rows(loaded[1], tiny_task, tiny_task.splits["train"])
 
 
 @pytest.mark.parametrize("rank", [0, -1, 33, 1000])

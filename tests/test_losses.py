@@ -17,25 +17,10 @@ from slmops_course.training import (
     TrainingError,
     TrainingSettings,
     answer_states,
-    encode_rows,
     make_batch,
     next_token_loss,
     train,
 )
-
-
-@pytest.fixture
-def model(loaded):
-    """The tiny model in fp32, its embeddings frozen and all its layers learning."""
-    loaded[0].requires_grad_(False)
-    loaded[0].model.layers.requires_grad_(True)
-    loaded[0].model.norm.requires_grad_(True)
-    return loaded[0]
-
-
-@pytest.fixture
-def rows(loaded, tiny_task):
-    return encode_rows(loaded[1], tiny_task, tiny_task.splits["train"])
 
 
 class TestDivergences:

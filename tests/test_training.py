@@ -27,22 +27,8 @@ QUICK = TrainingSettings(epochs=2, learning_rate=5e-3, batch_size=4)
 
 
 @pytest.fixture
-def model(loaded):
-    """The tiny model in fp32, its embeddings frozen and all its layers learning."""
-    loaded[0].requires_grad_(False)
-    loaded[0].model.layers.requires_grad_(True)
-    loaded[0].model.norm.requires_grad_(True)
-    return loaded[0]
-
-
-@pytest.fixture
 def tokenizer(loaded):
     return loaded[1]
-
-
-@pytest.fixture
-def rows(tokenizer, tiny_task):
-    return encode_rows(tokenizer, tiny_task, tiny_task.splits["train"])
 
 
 def snapshot(model):
