@@ -125,6 +125,11 @@ class TestWhatTheChaptersSay:
         assert best["difference"]["low"] > 0
         assert sum(row["difference"]["low"] > 0 for row in rows.values()) == 1
 
+    def test_the_contrastive_loss_brings_nothing(self):
+        found = scores("contrastive")
+        assert found["few: with contrastive"] < found["few: cross-entropy"]
+        assert found["all: with contrastive"] < found["all: cross-entropy"]
+
     def test_full_tuning_is_ahead_and_adapters_save_memory_and_disk(self):
         rows = {row["name"]: row for row in experiments.load_kept("methods").rows}
         assert max(scores("methods"), key=scores("methods").get) == "full"

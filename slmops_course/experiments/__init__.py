@@ -25,6 +25,7 @@ EXPERIMENTS = {
     "temperatures": "students.sweep_temperature",
     "labels": "labelling.compare_labels",
     "methods": "methods.compare_methods",
+    "contrastive": "methods.compare_contrastive",
 }
 SEED = 0
 
