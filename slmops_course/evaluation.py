@@ -64,6 +64,11 @@ def judge(task: Task, examples: Sequence[Example], replies: Sequence[str]) -> li
     return outcomes
 
 
+def ask_and_judge(model: ChatModel, task: Task, examples: Sequence[Example]) -> list[Outcome]:
+    """What a model makes of labelled messages, see `judge`."""
+    return judge(task, examples, [reply.text for reply in ask_all(model, task, examples)])
+
+
 def score_outcomes(task: Task, outcomes: Sequence[Outcome], *, seed: int = 0) -> dict[str, Score]:
     """All metrics of a task: exact match, each field, JSON validity, macro-F1 of the label, and out-of-scope accuracy.
 

@@ -6,7 +6,6 @@ it itself.
 
 import json
 import logging
-import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -101,7 +100,7 @@ class Course:
             asks = [self.task.messages(example.text) for example in sampled]
             answers = teachers.sample_answers(model, tokenizer, asks, temperature=1.0)
             checks = {
-                "confidence": self._answer_probabilities(model, tokenizer, kept),
+                "confidence": textmetrics.answer_probabilities(model, tokenizer, self.task, kept),
                 "samples": {example.id: replies for example, replies in zip(sampled, answers, strict=True)},
             }
             (folder / "checks.json").write_text(json.dumps(checks), "utf-8")
@@ -274,17 +273,14 @@ class Course:
 
         def write(folder: Path):
             answered = [tasks.Example(o.id, o.text, o.answer) for o in self.outcomes(name) if o.answer]
-            sure = self._answer_probabilities(*load_torch(contender.artifact.path, dtype=dtype), answered)
+            model, tokenizer = load_torch(contender.artifact.path, dtype=dtype)
+            sure = textmetrics.answer_probabilities(model, tokenizer, self.task, answered)
             (folder / "confidence.json").write_text(json.dumps(sure), "utf-8")
 
         return self._build(
             f"confidence-{_slug(name)}", {"dtype": dtype}, {"model": contender.artifact, "outcomes": outcomes}, write,
             textmetrics.log_probabilities,
         ).json("confidence.json")  # fmt: skip
-
-    def _answer_probabilities(self, model, tokenizer, examples: Sequence[tasks.Example]) -> dict[str, float]:
-        logs = textmetrics.log_probabilities(model, training.encode_rows(tokenizer, self.task, examples))
-        return {example.id: math.exp(log) for example, log in zip(examples, logs, strict=True)}
 
     def knowledge(self, name: str) -> list[general.Knowledge]:
         """What a PyTorch contender answers to questions about the world, without the task's prompt: has it forgotten?"""

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from slmops_course.evaluation import EvaluationError, Score, bootstrap
-from slmops_course.training import Row, answer_logits, make_batch
+from slmops_course.tasks import Example, Task
+from slmops_course.training import Row, answer_logits, encode_rows, make_batch
 
 CHRF_ORDER = 6  # the longest run of characters that chrF counts
 CHRF_BETA = 2.0  # recall counts twice as much as precision
@@ -69,6 +70,12 @@ def log_probabilities(model, rows: Sequence[Row], *, batch_size: int = 32) -> li
             for index, part in zip(indexes, parts, strict=True):
                 sums[index] = part.sum().item()
     return sums
+
+
+def answer_probabilities(model, tokenizer, task: Task, examples: Sequence[Example]) -> dict[str, float]:
+    """By message id the probability, 0 to 1, that a model gives to the whole answer of a labelled message."""
+    logs = log_probabilities(model, encode_rows(tokenizer, task, examples))
+    return {example.id: math.exp(log) for example, log in zip(examples, logs, strict=True)}
 
 
 def rouge_l(found: str, expected: str) -> float:

@@ -95,6 +95,13 @@ def scores(name):
     return {row["name"]: row["exact_match"]["value"] for row in experiments.load_kept(name).rows if row.get("exact_match")}
 
 
+def test_a_records_key_holds_all_functions_of_its_module_and_the_training_loop(course):
+    experiments.run(course, "temperatures")
+    (manifest,) = course.store.root.glob("experiment-temperatures-*/manifest.json")
+    code = json.loads(manifest.read_text("utf-8"))["code"]
+    assert {"Bench", "sweep_temperature", "train", "distillation_loss", "matching_loss"} <= set(code)
+
+
 class TestWhatTheChaptersSay:
     """Claims about kept figures in the chapters' answers: new figures that break one ask for new words."""
 

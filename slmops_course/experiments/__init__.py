@@ -4,6 +4,7 @@ An experiment is a function of a course that returns rows, plain JSON objects. T
 The fast one shows the figures that are kept beside the course's data, and says so.
 """
 
+import inspect
 import json
 import platform
 import time
@@ -12,7 +13,7 @@ from datetime import date
 from importlib import import_module
 from pathlib import Path
 
-from slmops_course import tasks, training
+from slmops_course import tasks, training, tuning
 from slmops_course.doctor import count_cores, probe_cpu_features
 from slmops_course.errors import CourseError
 from slmops_course.evaluation import Score
@@ -94,9 +95,13 @@ def run(course, name: str) -> Record:
         )  # fmt: skip
         (folder / "record.json").write_text(json.dumps(asdict(record), indent=1), "utf-8")
 
+    # Whatever is in the experiment's module may decide it, and so does the code that trains.
+    here = inspect.getmembers(inspect.getmodule(function), lambda one: getattr(one, "__module__", "") == function.__module__)
+    named = [one for _, one in here if inspect.isfunction(one) or inspect.isclass(one)]
+    code = (*named, *tuning.deciding_code(shape=True, teaching=course.profile.teaching, lora=True))
     settings = {"profile": asdict(course.profile), "numbers": training.numbers()}
     inputs = {"base": course.base(), **tasks.task_inputs(course.task)}
-    artifact = course.store.build(f"experiment-{name}", settings=settings, inputs=inputs, write=write, code=(function,))
+    artifact = course.store.build(f"experiment-{name}", settings=settings, inputs=inputs, write=write, code=code)
     return Record(**artifact.json("record.json"))
 
 

@@ -1,6 +1,5 @@
 """Chapter 2's side experiment with labels: students that learn from a teacher's labels alone, filtered in several ways."""
 
-import math
 from collections.abc import Mapping
 
 from slmops_course import filters, teachers, textmetrics, training
@@ -57,8 +56,7 @@ def label_sets(course, labelled: Labelled, key: Mapping) -> dict[str, Labelled]:
 def judge_labels(folder, task: Task, examples, *, sampled: bool) -> tuple[dict[str, float], dict[str, list[str]]]:
     """By message id: the probability that a model gives to its own label, and, if asked, three answers drawn at random."""
     model, tokenizer = load_torch(folder, dtype=training.fast_dtype())
-    logs = textmetrics.log_probabilities(model, training.encode_rows(tokenizer, task, examples))
-    sure = {example.id: math.exp(log) for example, log in zip(examples, logs, strict=True)}
+    sure = textmetrics.answer_probabilities(model, tokenizer, task, examples)
     if not sampled:
         return sure, {}
     asks = [task.messages(example.text) for example in examples]

@@ -98,9 +98,7 @@ def _bytes_to_keep(model) -> int:
 
 def score(chat: ChatModel, task: Task) -> evaluation.Score:
     """Exact match on the dev split."""
-    dev = task.splits["dev"]
-    replies = evaluation.ask_all(chat, task, dev)
-    outcomes = evaluation.judge(task, dev, [reply.text for reply in replies])
+    outcomes = evaluation.ask_and_judge(chat, task, task.splits["dev"])
     return evaluation.score_outcomes(task, outcomes)["exact_match"]
 
 

@@ -216,10 +216,9 @@ def growth(held: Sequence[int]) -> dict:
 
 def exact_match(model, job: Job) -> float:
     """The share of the dev split's messages that a trained model answers exactly."""
-    dev = job.task.splits["dev"]
     with TorchChatModel.from_loaded(training.to_fast_dtype(model), job.tokenizer, "trained") as chat:
-        replies = [reply.text for reply in evaluation.ask_all(chat, job.task, dev)]
-    return evaluation.mean_score([o.answer == o.expected for o in evaluation.judge(job.task, dev, replies)]).value
+        outcomes = evaluation.ask_and_judge(chat, job.task, job.task.splits["dev"])
+    return evaluation.mean_score([o.answer == o.expected for o in outcomes]).value
 
 
 FULL, OURS, TRL, OLIVE = "full, ours", "LoRA, ours", "LoRA, PEFT's defaults in TRL", "LoRA, Olive's pass"

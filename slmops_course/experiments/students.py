@@ -71,8 +71,7 @@ class Bench:
     def score(self, name: str, model, tokenizer) -> dict:
         """Exact match on dev with its interval, and its difference from the first one scored here, message by message."""
         dev = self.task.splits["dev"]
-        replies = evaluation.ask_all(TorchChatModel.from_loaded(model, tokenizer, name), self.task, dev)
-        outcomes = evaluation.judge(self.task, dev, [reply.text for reply in replies])
+        outcomes = evaluation.ask_and_judge(TorchChatModel.from_loaded(model, tokenizer, name), self.task, dev)
         self.first = self.first or outcomes
         return {
             "name": name,
