@@ -14,6 +14,7 @@ from slmops_course.experiments.labelling import label_sets, take_surer
 from slmops_course.experiments.methods import METHODS, compare_contrastive, compare_noise, first_of_each, mislabel, try_method
 from slmops_course.experiments.students import Bench, compare_shapes, shapes_of
 from slmops_course.pipeline import Course
+from slmops_course.plots import frontier
 from slmops_course.tasks import Example
 from slmops_course.teachers import Labelled, load_labelled
 
@@ -87,12 +88,13 @@ class TestKeptFigures:
 
     def test_no_two_rows_have_one_name(self, name):
         rows = experiments.load_kept(name).rows
+        keys = ("name", "figure", "precision", "way", "adapter", "desk")
         assert len(rows) > 1
-        assert len({json.dumps([row.get(key) for key in ("name", "adapter", "desk")]) for row in rows}) == len(rows)
+        assert len({json.dumps([row.get(key) for key in keys]) for row in rows}) == len(rows)
 
 
 def scores(name):
-    return {row["name"]: row["exact_match"]["value"] for row in experiments.load_kept(name).rows if row.get("exact_match")}
+    return {name: score.value for name, score in experiments.load_kept(name).scores.items()}
 
 
 def test_a_records_key_holds_all_functions_of_its_module_and_the_training_loop(course):
@@ -136,6 +138,57 @@ class TestWhatTheChaptersSay:
         found = scores("contrastive")
         assert found["few: with contrastive"] < found["few: cross-entropy"]
         assert found["all: with contrastive"] < found["all: cross-entropy"]
+
+    def test_depth_pays_and_which_layers_matters_as_much(self):
+        found = scores("shapes")
+        assert found["5 layers"] < found["10 layers"] < found["15 layers"] < found["20 layers"]
+        assert found["the top 10"] < found["the bottom 10"] < found["10 layers"] < found["the bottom 5 and the top 5"]
+        assert found["the bottom 5 and the top 5"] == pytest.approx(found["15 layers"], abs=0.01)
+        luck = max(scores("luck").values()) - min(scores("luck").values())
+        assert found["the bottom 5 and the top 5"] - found["10 layers"] < luck < found["10 layers"] - found["the top 10"]
+
+    def test_narrow_layers_lose_and_the_left_out_tokens_are_not_missed(self):
+        rows = {row["name"]: row for row in experiments.load_kept("shapes").rows}
+        sizes = {name: sum(row["parameters"].values()) for name, row in rows.items()}
+        narrow = ["30 layers, 1/3 as wide", "15 layers, 2/3 as wide", "10 layers"]
+        assert max(sizes[name] for name in narrow) < 1.01 * min(sizes[name] for name in narrow)
+        assert sorted(narrow, key=scores("shapes").get) == narrow
+        assert rows["10 layers, whole vocabulary"]["difference"]["high"] < 0
+
+    def test_three_shapes_are_on_the_frontier(self):
+        rows = experiments.load_kept("shapes").rows
+        points = [{"name": r["name"], "size_bytes": 4 * sum(r["parameters"].values()), "scores": r} for r in rows]
+        assert [point["name"] for point in frontier(points)] == ["5 layers", "the bottom 5 and the top 5", "20 layers"]
+
+    def test_wrong_labels_cost_points_and_leaving_the_doubtful_ones_out_brings_half_of_them_back(self):
+        clean, some, many, cured = scores("noise").values()
+        assert clean - some == pytest.approx(0.08, abs=0.005)
+        assert clean - many == pytest.approx(0.22, abs=0.005)
+        assert (cured - many) / (clean - many) == pytest.approx(0.5, abs=0.05)
+        last = experiments.load_kept("noise").rows[-1]
+        assert (last["wrong"], last["rows"], last["dropped"]) == (119, 1922, 824)
+
+    def test_an_adapter_answers_in_its_own_desks_form_whoever_asks(self):
+        rows = [row for row in experiments.load_kept("desks").rows if row["figure"] == "cross-talk"]
+        rows = [row for row in rows if row["precision"] == "fp32"]
+        away = [row for row in rows if row["desk"] != row["adapter"]]
+        assert len(rows) == 9
+        assert all(row["valid"] == 0 and row["exact_match"] == 0 for row in away)
+        valid = [row["valid_own"] for row in away]
+        assert (min(valid), max(valid)) == pytest.approx((0.85, 0.97), abs=0.01)
+        home = [row["exact_match"] for row in rows if row["desk"] == row["adapter"]]
+        assert (min(home), max(home)) == pytest.approx((0.42, 0.78), abs=0.005)
+
+    def test_switched_adapters_are_the_merged_models_and_share_one_base(self):
+        rows = experiments.load_kept("desks").rows
+        assert all(row["share"] == 1 for row in rows if row["figure"] == "equal" and row["precision"] == "fp32")
+        serving = {(row["precision"], row["way"].split()[0]): row for row in rows if row["figure"] == "serving"}
+        megabytes = {key: round(row["memory_bytes"] / 1e6) for key, row in serving.items()}
+        assert megabytes == {("fp32", "one"): 793, ("fp32", "three"): 2140, ("int4", "one"): 245, ("int4", "three"): 498}
+        for precision, slower in (("fp32", 1.12), ("int4", 1.19)):
+            one, three = serving[precision, "one"], serving[precision, "three"]
+            assert one["latency_by_desk_s"] / three["latency_by_desk_s"] == pytest.approx(slower, abs=0.01)
+            assert one["latency_in_turns_s"] == pytest.approx(one["latency_by_desk_s"], rel=0.02)
 
     def test_full_tuning_is_ahead_and_adapters_save_memory_and_disk(self):
         rows = {row["name"]: row for row in experiments.load_kept("methods").rows}

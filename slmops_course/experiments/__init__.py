@@ -27,6 +27,9 @@ EXPERIMENTS = {
     "labels": "labelling.compare_labels",
     "methods": "methods.compare_methods",
     "contrastive": "methods.compare_contrastive",
+    "shapes": "students.compare_shapes",
+    "noise": "methods.compare_noise",
+    "desks": "desks.desks",
 }
 SEED = 0
 
@@ -53,7 +56,7 @@ class Record:
     @property
     def scores(self) -> dict[str, Score]:
         """Exact match by name, of the rows that have one."""
-        return {row["name"]: Score(**row["exact_match"]) for row in self.rows if row.get("exact_match")}
+        return {row["name"]: Score(**row["exact_match"]) for row in self.rows if isinstance(row.get("exact_match"), dict)}
 
     @property
     def differences(self) -> dict[str, Score]:

@@ -51,7 +51,8 @@ def speed(
     "tokens_per_s" counts the rows' real tokens, for all alike, so that padding counts against whoever computes it.
     "peak_bytes" is the whole process while it trains (with Olive, its process from start to end). "growth_bytes" is what a
     process holds between two steps at the end minus at a quarter of the steps; null with Olive, whose steps nobody sees.
-    "exact_match" is the score on the dev split, taken after the clock and the watch have stopped.
+    "exact_match" is the score on the dev split, taken after the clock and the watch have stopped, and in the first run alone:
+    the others have the same seed.
 
     Raises SpeedError when TRL is not installed or a run fails.
     """
@@ -63,22 +64,23 @@ def speed(
     lora = asdict(replace(course.profile.lora, trained_layers=None))
     spec = {"base": str(course.base().path), "task": str(course.task.folder), "rows": rows, "lora": lora}
     found: dict[str, list[dict]] = {name: [] for name in names}
-    for _ in range(runs):
+    for turn in range(runs):
         for name in names:
             settings = course.profile.teacher if name == FULL else course.profile.lora_training
             settings = replace(settings, epochs=epochs, trained_layers=None)
-            run = {"contender": name, "settings": asdict(settings), **spec}
+            run = {"contender": name, "settings": asdict(settings), "with_score": turn == 0, **spec}
             found[name].append(benchmark.run_apart("slmops_course.experiments.speed", run, what=f"Training {name!r}"))
+            print(f"{name}, run {turn + 1} of {runs}: {found[name][-1]['seconds']:.0f} s", flush=True)
     return [{"name": name, "note": CONTENDERS[name][1], "epochs": epochs, **summarize(found[name])} for name in names]
 
 
 def summarize(runs: Sequence[dict]) -> dict:
-    """The medians of what was measured in each run; a figure that a contender does not have stays null.
+    """The medians of what was measured in the runs; a figure that no run has stays null.
 
     Example: [{"seconds": 3}, {"seconds": 9}, {"seconds": 4}] -> {"seconds": 4, "runs": […]}
     """
-    values = {key: [run[key] for run in runs] for key in runs[0]}
-    medians = {key: None if None in found else statistics.median(found) for key, found in values.items()}
+    values = {key: [run[key] for run in runs if run[key] is not None] for key in runs[0]}
+    medians = {key: statistics.median(found) if found else None for key, found in values.items()}
     return {**medians, "runs": list(runs)}
 
 
@@ -245,7 +247,7 @@ def main(spec_path: str) -> None:
     model, measured = CONTENDERS[spec["contender"]][0](job)
     tokens = round(sum(len(row.ids) for row in rows) * settings.epochs)
     rate = {"rows": len(rows), "tokens": tokens, "tokens_per_s": tokens / measured["seconds"]}
-    print(json.dumps({**measured, **rate, "exact_match": exact_match(model, job)}))
+    print(json.dumps({**measured, **rate, "exact_match": exact_match(model, job) if spec["with_score"] else None}))
 
 
 if __name__ == "__main__":
