@@ -7,18 +7,22 @@
 
 PYTHON ?= python3
 
-.PHONY: course test check clean
+.PHONY: course test check soak clean
 
-course: .venv/.installed
+course: .venv/.installed .venv/.tools
 	.venv/bin/python -m slmops_course.cli chapters
 	.venv/bin/python -m slmops_course.cli report
 
-test: .venv/.installed
+test: .venv/.installed .venv/.tools
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m pytest
 
 # What CI runs.
 check: test
+
+# The faults and the load of the tests, for ten minutes of storms and 50 kills.
+soak: .venv/.installed
+	.venv/bin/python -m slmops_course.soak --minutes 10 --kills 50 --clients 16 --seed 0
 
 # Throws away what was computed, and keeps the environment.
 clean:
@@ -30,6 +34,15 @@ clean:
 	.venv/bin/python -m pip install "$$(grep '^torch==' constraints.txt)" -c constraints.txt
 	.venv/bin/python -m pip install -e ".[test]" -c constraints.txt
 	@touch .venv/.installed
+
+# Prometheus, its checker promtool with it, out of Debian's package and into the environment: nothing is installed on the machine.
+# Without them the tests and the chapter that need them do without, and say so.
+.venv/.tools: | .venv/.installed
+	@command -v promtool >/dev/null || { command -v apt-get >/dev/null && mkdir -p .venv/debian && cd .venv/debian && \
+	  { apt-get download prometheus || { apt-get update && apt-get download prometheus; }; } >apt.log 2>&1 && \
+	  dpkg -x prometheus_*.deb . && cp usr/bin/prometheus usr/bin/promtool ../bin/; } || \
+	  echo "No Prometheus here: tests and chapters do without." >&2
+	@touch .venv/.tools
 
 .venv/bin/python:
 	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null || { \

@@ -13,6 +13,8 @@ import inspect
 import json
 import logging
 import os
+import re
+import secrets
 import shutil
 import textwrap
 import time
@@ -121,9 +123,10 @@ class Store:
         return not problems
 
     def _write(self, folder: Path, recipe: dict, write: Callable[[Path], Mapping | None]) -> None:
-        partial = folder.with_name(folder.name + ".partial")
-        for leftover in (partial, folder):
+        for leftover in (*self.root.glob(f"{folder.name}*.partial"), folder):
             shutil.rmtree(leftover, ignore_errors=True)
+        # A name of its own: a helper process of a run that was killed may still write into the one before.
+        partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.partial")
         partial.mkdir(parents=True)
         log.info("%s: building", recipe["stage"])
         start = time.perf_counter()
@@ -231,8 +234,9 @@ class _refuse_full_disk:
 
     def __exit__(self, kind, error, traceback):
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        # safetensors and sentencepiece report a full disk as text inside an error of their own.
-        if full or (error is not None and "No space left on device" in str(error)):
+        # safetensors and sentencepiece report a full disk as text inside an error of their own; NumPy, which writes ONNX
+        # weights, only says how much of it went in.
+        if full or (error is not None and re.search(r"No space left on device|\d requested and \d+ written", str(error))):
             raise ArtifactError(
                 f"The disk that holds {self.root} is full, so {self.stage} could not be written; earlier artifacts are "
                 "intact: free some space and run the same command again."

@@ -9,11 +9,13 @@ no model loaded. So the figure says what the model costs, not what Python and it
 import ctypes
 import gc
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -126,6 +128,86 @@ def time_replies(model: ChatModel, conversations: Sequence[Conversation], *, max
         "output_tokens_per_s": statistics.median(rates) if rates else 0.0,
         "latency_s": statistics.median(r.latency_s for r in replies),
     }
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One answer's times."""
+
+    time_to_first_token_s: float
+    latency_s: float
+    cpu_s: float  # processor time of this process, all threads together
+    output_tokens: int
+
+
+def time_each(model: ChatModel, conversations: Sequence[Conversation], *, max_new_tokens: int = MAX_NEW_TOKENS) -> list[Timed]:
+    """Each answer's own times, one message at a time, after the warm-up."""
+    for conversation in conversations[:WARM_UP]:
+        model.reply(conversation, max_new_tokens=max_new_tokens)
+    found = []
+    for conversation in conversations:
+        before = time.process_time()
+        reply = model.reply(conversation, max_new_tokens=max_new_tokens)
+        found.append(Timed(reply.time_to_first_token_s, reply.latency_s, time.process_time() - before, reply.output_tokens))
+    return found
+
+
+@dataclass(frozen=True)
+class Percentile:
+    """A percentile of some times with its 95 % interval; an end is None where there are too few times to know it."""
+
+    level: float  # between 0 and 100
+    value_s: float
+    low_s: float | None
+    high_s: float | None
+    count: int
+
+    def __str__(self):
+        low, high = ("unknown" if end is None else f"{1e3 * end:.0f}" for end in (self.low_s, self.high_s))
+        return f"p{self.level:g} of {self.count} messages: {1e3 * self.value_s:.0f} ms [{low}, {high}]"
+
+
+def percentile(seconds: Sequence[float], level: float) -> Percentile:
+    """A percentile of times that were measured one by one, with an interval that assumes nothing about how they spread.
+
+    Example: percentile([0.1] * 8, 95) knows no upper end. That needs n times with (level / 100)^n <= 0.025: 72 for p95, 368
+    for p99.
+    Source: Conover, "Practical Nonparametric Statistics", 1999, by way of
+    https://docs.scipy.org/doc/scipy/reference/generated/scipy.stats.quantile_test.html
+    Raises BenchmarkError without times, and for a level that is not between 0 and 100.
+    """
+    import numpy as np
+    from scipy.stats import quantile_test
+
+    if not len(seconds) or not 0 < level < 100:
+        raise BenchmarkError(
+            f"Percentile {level:g} of {len(seconds)} times was asked for: expected at least one time and a level between 0 and "
+            "100; measure some messages first."
+        )
+    ends = quantile_test(np.asarray(seconds, float), p=level / 100).confidence_interval(0.95)
+    low, high = (None if math.isnan(end) else float(end) for end in ends)
+    return Percentile(level, float(np.percentile(seconds, level)), low, high, len(seconds))
+
+
+def fetch_rate(size_bytes: int, *, threads: int, runs: int = 9) -> float:
+    """Bytes a second at which this machine multiplies one fp32 matrix of about so many bytes with a vector: the fastest run.
+
+    Writing a token does just that with each of a model's matrices, so the rate over a model's bytes limits its tokens a second.
+    Source: Williams, Waterman, Patterson, "Roofline", 2009, https://doi.org/10.1145/1498765.1498785
+    """
+    import torch
+
+    usual, seconds = torch.get_num_threads(), []
+    torch.set_num_threads(threads)
+    try:
+        matrix, vector = torch.ones(max(1, size_bytes // 4 // 2048), 2048), torch.ones(2048)
+        for _ in range(runs):
+            start = time.perf_counter()
+            matrix @ vector
+            seconds.append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(usual)
+    return matrix.nbytes / min(seconds)
 
 
 class MemoryWatch(Sampler):

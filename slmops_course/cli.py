@@ -1,4 +1,4 @@
-"""The command line: `slmops doctor | run | chapters | experiment | report | serve`."""
+"""The command line: `slmops doctor | run | chapters | experiment | report | registry | serve`."""
 
 import argparse
 import json
@@ -45,11 +45,35 @@ def make_parser() -> argparse.ArgumentParser:
     _add_course_options(report)
     report.set_defaults(run=_report)
 
-    serve = commands.add_parser("serve", help="serve the course's model with Foundry Local, on loopback, until Ctrl-C")
+    _add_registry(commands.add_parser("registry", help="register, list, show, promote and roll back versions of the model"))
+
+    serve = commands.add_parser("serve", help="serve the course's model by Foundry Local behind a gateway, on loopback")
     _add_course_options(serve)
     serve.add_argument("--port", type=int, default=0, help="loopback port (default: any free one)")
     serve.set_defaults(run=_serve)
     return parser
+
+
+def _add_registry(registry: argparse.ArgumentParser) -> None:
+    """The actions on the registry; those that measure a model take the course's options, the others a model's name."""
+    actions = registry.add_subparsers(dest="action", required=True, metavar="ACTION")
+    add = actions.add_parser("add", help="judge a model of the course at the release gate and register it")
+    _add_course_options(add)
+    add.add_argument("--recipe", default="int4-rtn", help="how the student is made an ONNX model (default: int4-rtn)")
+    add.add_argument("--device", default="laptop", help="whose limits it has to keep: laptop (default), phone or board")
+    for action, what in (
+        ("list", "all versions of all models"), ("show", "one version: files, lineage, gate report"),
+        ("promote", "put a version that passed its gate into production"), ("rollback", "go back to the version before"),
+    ):  # fmt: skip
+        parser = actions.add_parser(action, help=what)
+        if action != "list":
+            parser.add_argument("--name", default="support_desk", help="the model (default: support_desk)")
+        if action == "show":
+            parser.add_argument("version", nargs="?", default="production", help="a number or an alias (default: production)")
+        if action == "promote":
+            parser.add_argument("version", type=int, metavar="NUMBER")
+    for parser in actions.choices.values():
+        parser.set_defaults(run=_registry)
 
 
 def _add_course_options(parser: argparse.ArgumentParser) -> None:
@@ -131,18 +155,45 @@ def _report(options) -> None:
     print(f"\n{write_report(options.build, course, rows)}")
 
 
+def _registry(options) -> int:
+    from slmops_course.operations.registry import Registry
+    from slmops_course.operations.versions import describe, table
+
+    registry, passed = Registry(options.build / "registry"), True
+    if options.action == "list":
+        versions = [version for name in registry.names() for version in registry.versions(name)]
+        print(table(versions) or "No version is registered yet; `slmops registry add` makes the first.")
+    elif options.action == "show":
+        print(describe(registry.get(options.name, options.version)))
+    elif options.action == "promote":
+        version = registry.promote(options.name, options.version)
+        print(f"{version.name} {version.number} is in production.")
+    elif options.action == "rollback":
+        version = registry.rollback(options.name)
+        print(f"{version.name} {version.number} is in production again.")
+    else:
+        from slmops_course.operations.release import release
+
+        course = _course(options)
+        version = release(course, registry, course.onnx(options.recipe).path, device=options.device)
+        print(f"{version.name} {version.number}", version.report, sep="\n\n")
+        passed = version.report.passed
+    return int(not passed)
+
+
 def _serve(options) -> None:
     import threading
 
-    from slmops_course.serving import SERVED_ALIAS, FoundryLocal, check_port_free
+    from slmops_course.operations.served import serve_model
+    from slmops_course.serving import check_port_free
 
     if options.port:
         check_port_free(options.port)
     course = _course(options)
     folder = course.onnx(course.served_recipe).path
-    with FoundryLocal(options.build / "foundry", port=options.port) as foundry:
-        model = foundry.load(folder, SERVED_ALIAS)
-        print(f"{model.id} answers at {foundry.start_service()}/chat/completions; Ctrl-C stops it.", flush=True)
+    with serve_model(folder, course.task, data_folder=options.build / "foundry", port=options.port) as served:
+        print(f"{served.model} answers at {served.gateway}/chat/completions; Ctrl-C stops it.")
+        print(f"Its metrics are at {served.metrics}.", flush=True)
         threading.Event().wait()
 
 

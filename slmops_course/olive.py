@@ -102,6 +102,37 @@ def plan_of_optimize(model: Path, *, precision: str = "int4") -> dict:
         return portable(json.loads((work / "config.json").read_text("utf-8")), WORK=work, MODEL=model)
 
 
+def optimize_by_command(model: Path, folder: Path, *, names: Sequence[str]) -> list[dict]:
+    """Run `olive optimize` for fp32 and for int4 without a hub, and for fp32 once more as a file by `olive run`.
+
+    Returns a row a run: {"manner", "precision", "command", "result" ("a model", or Olive's complaint)}; the models, files that
+    match `names`, are in `folder/MANNER-PRECISION`. The file's configuration comes from a dry run: a real one saves it as
+    config.json, where the model's own config.json then takes its place (Olive 0.13).
+    """
+    rows = []
+    for manner, precision in (("command", "fp32"), ("command", "int4"), ("file", "fp32")):
+        work = (folder / f"{manner}-{precision}" / "work").resolve()
+        work.mkdir(parents=True)
+        config = plan_of_optimize(model, precision=precision)
+        line = f"olive optimize -m MODEL --precision {precision} -o OUT --disable_telemetry"
+        try:
+            if manner == "file":
+                text = json.dumps(config | {"output_dir": str(work / "out")}).replace("MODEL", str(model.resolve()))
+                run_olive(json.loads(text), work)
+            else:
+                places = {"MODEL": str(model.resolve()), "OUT": str(work / "out")}
+                run_process(["-m", *(places.get(word, word) for word in line.split())], work)
+            collect(work, work.parent, marker="genai_config.json", config=config, model=model, names=names)
+            result = "a model"
+        except OliveError:
+            log = (work / "olive.log").read_text("utf-8").splitlines()
+            result = next((text.strip() for text in reversed(log) if "Error:" in text), "no model")
+            shutil.rmtree(work)
+        said = line if manner == "command" else "olive run --config FILE"
+        rows.append({"manner": manner, "precision": precision, "command": said, "result": result})
+    return rows
+
+
 def finetune_three_ways(model: Path, rows: Path, folder: Path, *, rank: int, alpha: int, max_tokens: int) -> list[dict]:
     """Fine-tune a model by Olive's command, by a configuration file, and from Python; each adapter is in `folder/MANNER`.
 

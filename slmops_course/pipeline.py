@@ -20,6 +20,7 @@ from slmops_course import (
     models,
     olive,
     optimize,
+    sensitivity,
     serving,
     tasks,
     teachers,
@@ -32,6 +33,7 @@ from slmops_course.chat import TorchChatModel, load_torch
 from slmops_course.errors import CourseError
 from slmops_course.models import DEFAULT_MODEL
 from slmops_course.profiles import PROFILES
+from slmops_course.students import StudentShape
 from slmops_course.tasks import Task
 from slmops_course.training import TrainingSettings
 from slmops_course.tuning import Teaching
@@ -121,21 +123,23 @@ class Course:
         if kind == "alone":
             # The student without a teacher gets as many steps as the others, on its fewer rows.
             epochs *= (len(self.task.splits["train"]) + len(self._labelled())) / len(self.task.splits["train"])
-        return self._student(f"student-{kind}", kind, replace(self.profile.comparison, epochs=epochs))
+        settings, shape = replace(self.profile.comparison, epochs=epochs), self.profile.comparison_shape
+        return self._student(f"student-{kind}", kind, settings, shape, self.profile.logits if kind == "logit" else None)
 
     def student(self) -> Artifact:
         """The student that goes on to be optimized and served: trained for longer, by the profile's own teaching."""
-        return self._student("student", "logit", self.profile.student, self.profile.teaching)
+        return self._student("student", "logit", self.profile.student, self.profile.student_shape, self.profile.teaching)
 
     def _labelled(self) -> list[tasks.Example]:
         return teachers.load_labelled(self.labels().path).kept
 
-    def _student(self, stage: str, kind: str, settings: TrainingSettings, teaching: Teaching | None = None) -> Artifact:
+    def _student(
+        self, stage: str, kind: str, settings: TrainingSettings, shape: StudentShape, teaching: Teaching | None
+    ) -> Artifact:
         teacher, own = self.teacher(), self.task.splits["train"]
         return self._train(
             stage, self.base() if kind == "alone" else teacher, (*own, *(self._labelled() if kind != "alone" else ())),
-            settings, freeze=training.freeze_below, shape=self.profile.student_shape,
-            teaching=teaching or (self.profile.logits if kind == "logit" else None), labels=kind != "alone",
+            settings, freeze=training.freeze_below, shape=shape, teaching=teaching, labels=kind != "alone",
         )  # fmt: skip
 
     def lora(self) -> Artifact:
@@ -185,14 +189,44 @@ class Course:
             models.write_tiny_model,
         )  # fmt: skip
 
-    def onnx(self, recipe: str) -> Artifact:
-        """The student as an ONNX model, by one of Olive's recipes."""
+    def olive_commands(self) -> Artifact:
+        """Olive's optimizing by command and by file, each run on a toy: see `commands.json` in it."""
+
+        def write(folder: Path):
+            texts = [self.task.prompt, *(example.text for example in self.task.splits["train"][:16])]
+            toy = models.write_tiny_model(folder / "toy", texts=texts)
+            found = olive.optimize_by_command(toy, folder, names=optimize.MODEL_FILES)
+            (folder / "commands.json").write_text(json.dumps(found), "utf-8")
+
+        return self._build(
+            "olive-commands", {}, tasks.task_inputs(self.task), write, olive.optimize_by_command, models.write_tiny_model
+        )
+
+    def onnx(self, recipe: str, source: Artifact | None = None) -> Artifact:
+        """The student, or another model of its kind, as an ONNX model, by one of Olive's recipes."""
         optimize.recipe_passes(recipe)
-        student = self.student()
+        student = source or self.student()
         return self._build(
             f"onnx-{recipe}", {"recipe": recipe}, {"model": student, **tasks.task_inputs(self.task)},
             lambda folder: optimize.optimize(recipe, model=student.path, task=self.task, folder=folder),
             optimize.optimize, optimize.recipe_passes, olive.olive_config,
+        )  # fmt: skip
+
+    def weight_scans(self) -> Artifact:
+        """What the student, and the one that was never rounded, still know after their weights were changed: `scans.json`.
+
+        Its values are the rows of sensitivity.scan, by "trained for 4 bits" and "never rounded".
+        """
+        students = {"trained for 4 bits": self.student(), "never rounded": self.compared_student("logit")}
+        examples, dtype = self.task.splits["dev"][:64], training.fast_dtype()
+
+        def write(folder: Path):
+            scans = {name: sensitivity.scan(one.path, self.task, examples) for name, one in students.items()}
+            (folder / "scans.json").write_text(json.dumps(scans), "utf-8")
+
+        return self._build(
+            "weight-scans", {"messages": len(examples), "dtype": dtype}, {**students, **tasks.task_inputs(self.task)}, write,
+            sensitivity.scan, sensitivity.grade, sensitivity.to_grid, sensitivity.to_ternary, sensitivity.without_smallest,
         )  # fmt: skip
 
     def contenders(self) -> dict[str, Callable[[], Contender]]:

@@ -15,7 +15,8 @@ class Profile:
     teacher: TrainingSettings  # of the base model on the labelled messages
     comparison: TrainingSettings  # of the students that are compared, just long enough to show their difference
     student: TrainingSettings  # of the student that goes on to be optimized and served
-    student_shape: StudentShape  # of every student
+    comparison_shape: StudentShape  # of the students that are compared
+    student_shape: StudentShape  # of the student that goes on
     logits: Teaching  # of the student that is compared and learns from the teacher's distribution
     teaching: Teaching  # of the student that goes on
     lora: LoraSettings
@@ -34,7 +35,8 @@ PROFILES = {
         teacher=TrainingSettings(epochs=2, learning_rate=8e-4, trained_layers=15),
         comparison=TrainingSettings(epochs=0.75, learning_rate=1.5e-3),
         student=TrainingSettings(epochs=3, learning_rate=1.5e-3, rounded_bits=4),
-        student_shape=StudentShape(layers=10, tokens=12_288),
+        comparison_shape=StudentShape(layers=10, tokens=12_288),
+        student_shape=StudentShape(layers=10, tokens=12_288, kept="ends"),
         logits=Teaching(temperature=2.0, label_share=0.3),
         teaching=Teaching(temperature=2.0, label_share=0.3, matched_layers=3),
         lora=LoraSettings(trained_layers=15),

@@ -57,6 +57,20 @@ class GenAIChatModel(ChatModel):
                 replies.update(zip(indexes, self._generate_batch(prompts, max_new_tokens), strict=True))
         return [replies[i] for i in range(len(conversations))]
 
+    def reply_probability(self, conversation: Conversation, text: str) -> float:
+        """The probability, 0 to 1, that the model gives to a whole reply, its end token included."""
+        import numpy as np
+        from scipy.special import log_softmax
+
+        prompt = self.prompt_ids(conversation)
+        reply = np.array([*self._tokenizer.encode(text).tolist(), self._end])
+        params = self._genai.GeneratorParams(self._model)
+        params.set_search_options(do_sample=False, max_length=len(prompt) + len(reply) + 1, batch_size=1)
+        generator = self._genai.Generator(self._model, params)
+        generator.append_tokens(np.array([[*prompt, *reply]], dtype=np.int32))
+        logits = generator.get_output("logits")[0, len(prompt) - 1 : -1].astype(np.float64)
+        return float(np.exp(log_softmax(logits, axis=1)[np.arange(len(reply)), reply].sum()))
+
     def _generate_batch(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[Reply]:
         import numpy as np
 

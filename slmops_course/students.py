@@ -19,18 +19,30 @@ class StudentShape:
 
     layers: int
     tokens: int  # of the vocabulary, or more if the task's texts need more; see `kept_tokens`
+    kept: str = "even"  # which layers: "even" or "ends", see `kept_layers`
 
 
-def kept_layers(teacher_layers: int, student_layers: int) -> list[int]:
-    """Which of the teacher's layers a student keeps: the first, the last, and the others spread evenly between.
+def kept_layers(teacher_layers: int, student_layers: int, kept: str = "even") -> list[int]:
+    """Which of the teacher's layers a student keeps.
 
-    Example: teacher_layers=30, student_layers=8 -> [0, 4, 8, 12, 17, 21, 25, 29]
+    "even" is the first, the last, and the others spread evenly between: 30, 8 -> [0, 4, 8, 12, 17, 21, 25, 29].
     Source: Sanh et al., "DistilBERT", 2019, https://arxiv.org/abs/1910.01108 (which keeps every second layer).
+
+    "ends" is half of them from the bottom and half from the top: 30, 8 -> [0, 1, 2, 3, 26, 27, 28, 29].
+    Source: Men et al., "ShortGPT", 2024, https://arxiv.org/abs/2403.03853 (of a large model's layers, those in the middle
+    and behind it change what passes through them least); the experiment "shapes" measures it for this course's model.
+
+    Raises StudentError for more layers than there are, fewer than two, and another word for `kept`.
     """
+    if kept not in ("even", "ends"):
+        raise StudentError(f"Which layers to keep is {kept!r}: expected 'even' or 'ends'; choose one.")
     if not 1 < student_layers <= teacher_layers:
         raise StudentError(
             f"A student of {student_layers} layers was asked for: expected 2 to {teacher_layers}, the teacher's depth."
         )
+    if kept == "ends":
+        top = student_layers // 2
+        return [*range(student_layers - top), *range(teacher_layers - top, teacher_layers)]
     step = (teacher_layers - 1) / (student_layers - 1)
     return [round(number * step) for number in range(student_layers)]
 

@@ -29,7 +29,7 @@ def train_model(
     tokens, layers = None, list(range(len(model.model.layers)))
     if shape:
         tokens = students.kept_tokens(tokenizer, task_texts(tokenizer, task), shape.tokens)
-        layers = students.kept_layers(len(layers), shape.layers)
+        layers = students.kept_layers(len(layers), shape.layers, shape.kept)
         model = students.cut_student(model, layers, tokens)
     loss = training.next_token_loss
     if teaching:

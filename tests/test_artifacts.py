@@ -462,6 +462,6 @@ def test_what_a_killed_process_left_does_not_disturb_the_next_build(tmp_path):
 
     artifact = Store(tmp_path).build("train", settings={}, write=CountingWrite())
 
-    assert artifact.path.name == leftover[0].removesuffix(".partial")
+    assert leftover[0].startswith(artifact.path.name)
     assert check_artifact(artifact.path) == []
     assert not list(tmp_path.glob("*.partial"))

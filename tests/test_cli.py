@@ -11,7 +11,7 @@ def slmops(*arguments, folder=None):
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300)
 
 
-@pytest.mark.parametrize("command", ["doctor", "run", "chapters", "report", "serve"])
+@pytest.mark.parametrize("command", ["doctor", "run", "chapters", "report", "registry", "serve"])
 def test_every_command_explains_itself(command):
     done = slmops(command, "--help")
     assert done.returncode == 0
@@ -73,3 +73,47 @@ def test_doctor_prints_its_findings():
     assert done.returncode in (0, 1)
     assert "Python" in done.stdout
     assert "Traceback" not in done.stderr
+
+
+def test_an_empty_registry_says_what_to_do_next_and_makes_no_folder(tmp_path):
+    done = slmops("registry", "list", folder=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "No version is registered yet; `slmops registry add` makes the first." in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [["show"], ["promote", "1"], ["rollback"]])
+def test_what_is_not_registered_cannot_be_shown_or_moved(arguments, tmp_path):
+    done = slmops("registry", *arguments, folder=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("slmops: There is no model 'support_desk': expected one of those registered (none yet)")
+
+
+def test_versions_are_listed_shown_promoted_and_rolled_back(tmp_path):
+    from slmops_course.operations.bundles import bundle_digest, bundle_files
+    from slmops_course.operations.gate import Check, GateReport
+    from slmops_course.operations.registry import Registry
+
+    registry = Registry(tmp_path / "build" / "registry")
+    for number, passed in ((1, True), (2, True), (3, False)):
+        folder = tmp_path / f"model-{number}"
+        folder.mkdir()
+        (folder / "model.onnx").write_text(f"version {number}", "utf-8")
+        before = ("desk 1", bundle_digest(registry.get("support_desk", 1).files)) if number > 1 else (None, None)
+        report = GateReport(
+            f"desk {number}", before[0], "desk", "laptop", 100, bundle_digest(bundle_files(folder)), before[1],
+            (Check("exact match", "80 %", "at least 70 %", passed),),
+        )  # fmt: skip
+        registry.register("support_desk", folder, lineage={"artifact": f"onnx-{number}", "steps": {}}, report=report)
+    for arguments, code, words in (
+        (["promote", "1"], 0, "support_desk 1 is in production."),
+        (["promote", "3"], 1, "did not pass the gate"),
+        (["promote", "2"], 0, "support_desk 2 is in production."),
+        (["list"], 0, "| support_desk | 2 | production | passed |"),
+        (["show", "3"], 0, "REFUSED (exact match)"),
+        (["rollback"], 0, "support_desk 1 is in production again."),
+        (["rollback"], 1, "has no whole version before it"),
+    ):  # fmt: skip
+        done = slmops("registry", *arguments, folder=tmp_path)
+        assert done.returncode == code, done.stderr
+        assert words in done.stdout + done.stderr

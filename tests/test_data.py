@@ -8,7 +8,9 @@ import pytest
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
 
+from slmops_course.operations.gate import load_must_pass
 from slmops_course.tasks import BUNDLED_TASK, DATA_FOLDER, MAX_MESSAGE_CHARS, SPLITS, load_task
+from slmops_course.validation import NEAR, similar_pairs
 
 FOLDER = DATA_FOLDER / BUNDLED_TASK
 PER_INTENT = {"train": 40, "dev": 10, "test": 20, "unlabelled": 40}  # at least
@@ -184,6 +186,13 @@ def stated_urgency(text: str) -> str | None:
     return "high" if re.search(r"\burgent\b|\bright now\b", text, re.IGNORECASE) else None
 
 
+def test_a_must_pass_message_expects_what_the_desk_is_taught(rows):
+    """A model that answers as its training data do must not be refused for it."""
+    taught = {tuple(row["answer"].values()) for row in rows}
+    wrong = [row for row in read("must_pass.jsonl") if tuple(row["answer"].values()) not in taught]
+    assert wrong == []
+
+
 def test_a_message_that_says_how_urgent_it_is_is_labelled_so(rows):
     stated = [(row, stated_urgency(row["text"])) for row in rows if row["answer"]["intent"] != "out_of_scope"]
     assert sum(urgency is not None for _, urgency in stated) > 100
@@ -306,3 +315,16 @@ def test_no_message_holds_an_address_or_a_number_of_somebody(rows):
 )
 def test_private_numbers_and_addresses_are_told_from_amounts(text, kinds):
     assert private(text) == kinds
+
+
+def test_must_pass_messages_fit_the_desk_cover_what_costs_most_and_repeat_nothing():
+    task = load_task()
+    rows = load_must_pass(FOLDER / "must_pass.jsonl", task)
+    assert len(rows) >= 25
+    costly = {"account_blocked", "card_lost", "scam_report", "unknown_charge", "wrong_recipient"}
+    counts = Counter(row.answer["intent"] for row in rows)
+    assert all(counts[intent] >= 2 for intent in costly)
+    assert all(row.answer["product"] in PRODUCTS[row.answer["intent"]] for row in rows)
+    texts = [row.text for row in rows] + [e.text for split in SPLITS for e in task.splits[split]]
+    near = [(texts[i], texts[j]) for i, j, _ in similar_pairs(texts, threshold=NEAR) if i < len(rows)]
+    assert near == []

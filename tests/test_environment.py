@@ -62,7 +62,7 @@ def requirement_closure(requirements):
 
 def test_every_pin_is_an_exact_version_and_named_once():
     for line in PIN_LINES:
-        assert re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line), f"{line!r} is not of the form name==version"
+        assert re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!]+", line), f"{line!r} is not of the form name==version"
     assert len(PINS) == len(PIN_LINES), "a library is pinned twice"
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from slmops_course import experiments, training
+from slmops_course.experiments import speed
 from slmops_course.experiments.labelling import label_sets, take_surer
 from slmops_course.experiments.methods import METHODS, compare_contrastive, compare_noise, first_of_each, mislabel, try_method
 from slmops_course.experiments.students import Bench, compare_shapes, shapes_of
@@ -159,6 +160,40 @@ class TestWhatTheChaptersSay:
         rows = experiments.load_kept("shapes").rows
         points = [{"name": r["name"], "size_bytes": 4 * sum(r["parameters"].values()), "scores": r} for r in rows]
         assert [point["name"] for point in frontier(points)] == ["5 layers", "the bottom 5 and the top 5", "20 layers"]
+
+    def test_our_loop_trains_adapters_faster_than_all_weights_and_than_two_other_trainers(self):
+        rows = {row["name"]: row for row in experiments.load_kept("speed").rows}
+        full, ours, trl, olive = (rows[name] for name in (speed.FULL, speed.OURS, speed.TRL, speed.OLIVE))
+        rates = [round(row["tokens_per_s"]) for row in (full, ours, trl, olive)]
+        assert rates == [603, 643, 198, 273]
+        assert ours["tokens_per_s"] >= full["tokens_per_s"]
+        assert ours["tokens_per_s"] >= 2 * olive["tokens_per_s"]
+        assert min(full["exact_match"], ours["exact_match"]) > max(trl["exact_match"], olive["exact_match"])
+        assert (min(r["exact_match"] for r in rows.values()), full["exact_match"]) == pytest.approx((0.058, 0.128), abs=0.0005)
+        assert max(full["growth_bytes"], ours["growth_bytes"]) < 50e6 < 330e6 < trl["growth_bytes"] < 345e6
+        assert {len(row["runs"]) for row in rows.values()} == {3}
+
+    def test_eight_bits_for_the_embedding_help_only_the_student_that_was_never_rounded(self):
+        found, rows = experiments.load_kept("mixed").differences, experiments.load_kept("mixed").rows
+        assert found["never rounded, int4-rtn"].value == pytest.approx(-0.07, abs=0.005)
+        assert -0.01 < found["never rounded, int4-mixed-last"].value < 0
+        mixtures = [found[f"trained for 4 bits, int4-mixed-{which}"].value for which in ("last", "down", "snr")]
+        assert max(mixtures) <= found["trained for 4 bits, int4-rtn"].value
+        size = {row["name"].partition(", ")[2]: row["size_bytes"] for row in rows}
+        assert size["int4-mixed-last"] / size["int4-rtn"] == pytest.approx(9 / 8, abs=0.005)
+        assert size["int2-mixed"] / size["int4-rtn"] == pytest.approx(7 / 8, abs=0.005)
+        for student in ("trained for 4 bits", "never rounded"):
+            loss = found[f"{student}, int4-rtn"].value - found[f"{student}, int2-mixed"].value
+            assert loss == pytest.approx(0.03, abs=0.005)
+            assert scores("mixed")[f"{student}, int2-rtn"] < 0.03
+
+    def test_few_bits_can_be_learned_and_rounding_hinders_the_learning(self):
+        found = scores("rounding")
+        assert list(found) == sorted(found, key=found.get, reverse=True) == ["never rounded", "4 bits", "2 bits", "ternary"]
+        assert found["2 bits"] == pytest.approx(1 / 3, abs=0.03)
+        assert found["ternary"] == pytest.approx(1 / 5, abs=0.03)
+        afterwards = experiments.load_kept("mixed").differences["never rounded, int4-rtn"].value
+        assert found["4 bits"] - found["never rounded"] < afterwards
 
     def test_wrong_labels_cost_points_and_leaving_the_doubtful_ones_out_brings_half_of_them_back(self):
         clean, some, many, cured = scores("noise").values()

@@ -10,6 +10,8 @@ from slmops_course.olive import OliveError, collect, olive_config, plan_of_optim
 from slmops_course.optimize import (
     MODEL_FILES,
     RECIPES,
+    ROBUST,
+    VARIANTS,
     OptimizeError,
     model_bytes,
     optimize,
@@ -34,8 +36,9 @@ def tiny_formats(tiny_model_folder, tiny_task, tiny_onnx_folder, tmp_path_factor
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_ends_with_an_onnx_model_whose_tied_matrix_is_kept_once(recipe):
-    passes = list(recipe_passes(recipe).values())
-    assert [p["type"] for p in passes[-2:]] == ["ModelBuilder", "GraphSurgeries"]
+    types = [p["type"] for p in recipe_passes(recipe).values()]
+    last = ["OnnxFloatToFloat16"] if recipe == "fp16" else []
+    assert types[types.index("ModelBuilder") :] == ["ModelBuilder", "GraphSurgeries", *last]
 
 
 def test_only_gptq_needs_data():
@@ -43,8 +46,21 @@ def test_only_gptq_needs_data():
     assert needing == {"int4-gptq"}
 
 
+def test_two_bits_go_only_to_matrices_that_bear_them():
+    overrides = recipe_passes("int2-mixed", layers=2)["quantize"]["overrides"]
+    assert set(overrides) == {f"model.layers.{layer}.{name}" for layer in (0, 1) for name in ROBUST}
+    assert all(choice == {"bits": 2} for choice in overrides.values())
+
+
+def test_mixed_precision_chooses_before_it_quantizes():
+    for recipe in VARIANTS:
+        passes = recipe_passes(recipe, layers=2)
+        assert passes["quantize"]["bits"] == (2 if recipe == "int2-rtn" else 4)
+        assert (next(iter(passes)) == "choose") == ("mixed" in recipe and recipe != "int2-mixed")
+
+
 def test_an_unknown_recipe_is_refused_with_the_known_ones_named():
-    with pytest.raises(OptimizeError, match=r"no recipe 'int3'.*fp32, int8, int4-rtn"):
+    with pytest.raises(OptimizeError, match=r"no recipe 'int3'.*fp32, fp16, int8, int4-rtn.*int2-rtn"):
         recipe_passes("int3")
 
 

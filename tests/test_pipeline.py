@@ -10,9 +10,10 @@ from slmops_course.errors import CourseError
 from slmops_course.general import load_questions
 from slmops_course.pipeline import Course, few_shots, open_course
 from slmops_course.profiles import PROFILES
+from slmops_course.students import StudentShape
 from slmops_course.teachers import load_labelled
-from slmops_course.training import TrainingError, fast_dtype
-from slmops_course.tuning import Teaching, teacher_states, teaching_loss
+from slmops_course.training import TrainingError, TrainingSettings, fast_dtype, freeze_below
+from slmops_course.tuning import Teaching, teacher_states, teaching_loss, train_model
 
 
 def test_the_teacher_learns_what_the_base_model_does_not_know(course):
@@ -39,11 +40,33 @@ def test_a_student_has_its_layers_and_its_history(course, kind):
 
     student = course.compared_student(kind)
     config = student.json("config.json")
-    assert config["num_hidden_layers"] == course.profile.student_shape.layers
+    assert config["num_hidden_layers"] == course.profile.comparison_shape.layers
     assert config["vocab_size"] == len(AutoTokenizer.from_pretrained(student.path))
     losses = [step["loss"] for step in student.json("history.json")]
     assert len(losses) > 5
     assert check_artifact(student.path) == []
+
+
+@pytest.mark.parametrize(("kept", "layers"), [("even", [0, 2, 4]), ("ends", [0, 1, 4])])
+def test_a_student_is_cut_out_of_the_layers_that_its_shape_names(course, tmp_path, kept, layers):
+    from slmops_course.chat import load_torch
+    from slmops_course.students import save_model
+
+    model, tokenizer = load_torch(course.base().path)
+    config = model.config
+    config.num_hidden_layers = 5
+    deep = type(model)(config)
+    save_model(deep, tokenizer, tmp_path / "deep")
+    (tmp_path / "student").mkdir()
+    train_model(
+        tmp_path / "student", source=tmp_path / "deep", task=course.task, examples=course.task.splits["train"][:8],
+        settings=TrainingSettings(epochs=1, learning_rate=1e-12), freeze=freeze_below, shape=StudentShape(3, 300, kept),
+        teacher=None, teaching=None, lora=None,
+    )  # fmt: skip
+    student, _ = load_torch(tmp_path / "student")
+    for own, number in zip(student.model.layers, layers, strict=True):
+        copied = deep.model.layers[number].mlp.up_proj.weight
+        assert (own.mlp.up_proj.weight - copied).abs().max() < 0.01
 
 
 def test_all_students_take_the_same_number_of_steps(course):

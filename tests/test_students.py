@@ -28,9 +28,21 @@ def test_the_shallowest_student_keeps_the_first_and_the_last_layer():
     assert kept_layers(30, 2) == [0, 29]
 
 
+def test_a_student_of_both_ends_keeps_nothing_between_them():
+    assert kept_layers(30, 8, "ends") == [0, 1, 2, 3, 26, 27, 28, 29]
+    assert kept_layers(30, 5, "ends") == [0, 1, 2, 28, 29]
+    assert kept_layers(4, 4, "ends") == [0, 1, 2, 3]
+
+
+def test_another_choice_of_layers_is_refused():
+    with pytest.raises(StudentError, match="Which layers to keep is 'middle': expected 'even' or 'ends'"):
+        kept_layers(30, 8, "middle")
+
+
+@pytest.mark.parametrize("kept", ["even", "ends"])
 @pytest.mark.parametrize("depth", [2, 3, 7, 12, 29, 30])
-def test_kept_layers_are_distinct_and_in_order(depth):
-    layers = kept_layers(30, depth)
+def test_kept_layers_are_distinct_and_in_order(depth, kept):
+    layers = kept_layers(30, depth, kept)
     assert len(layers) == depth
     assert layers == sorted(set(layers))
     assert set(layers) <= set(range(30))

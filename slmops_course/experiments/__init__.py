@@ -30,6 +30,9 @@ EXPERIMENTS = {
     "shapes": "students.compare_shapes",
     "noise": "methods.compare_noise",
     "desks": "desks.desks",
+    "speed": "speed.speed",
+    "mixed": "formats.compare_mixed",
+    "rounding": "formats.compare_rounding",
 }
 SEED = 0
 

@@ -27,11 +27,11 @@ class Bench:
         self.teacher.requires_grad_(False)
         self.depth = len(self.teacher.model.layers)
         texts = tuning.task_texts(self.tokenizer, self.task)
-        self.tokens = students.kept_tokens(self.tokenizer, texts, self.profile.student_shape.tokens)
+        self.tokens = students.kept_tokens(self.tokenizer, texts, self.profile.comparison_shape.tokens)
         self.trimmed = students.trim_tokenizer(self.tokenizer, self.tokens)
         self.labels = load_labelled(course.labels().path)
         self.examples = [*self.task.splits["train"], *self.labels.kept]
-        self.layers = students.kept_layers(self.depth, self.profile.student_shape.layers)
+        self.layers = students.kept_layers(self.depth, self.profile.comparison_shape.layers)
         self.first: list[evaluation.Outcome] | None = None  # of the first student: the others are compared with it
 
     def cut(self, layers: Sequence[int] | None = None):
