@@ -13,7 +13,7 @@ course: .venv/.installed .venv/.tools
 	.venv/bin/python -m slmops_course.cli chapters
 	.venv/bin/python -m slmops_course.cli report
 
-test: .venv/.installed .venv/.tools
+test: .venv/.installed .venv/.tools .venv/.co-op
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m pytest
 
@@ -35,14 +35,24 @@ clean:
 	.venv/bin/python -m pip install -e ".[test]" -c constraints.txt
 	@touch .venv/.installed
 
-# Prometheus, its checker promtool with it, out of Debian's package and into the environment: nothing is installed on the machine.
-# Without them the tests and the chapter that need them do without, and say so.
+# Prometheus, its checker promtool with it, and fonts for Devanagari and Malayalam, out of Debian's packages and into the
+# environment: nothing is installed on the machine. What needs them does without where they are not there, and says so.
 .venv/.tools: | .venv/.installed
-	@command -v promtool >/dev/null || { command -v apt-get >/dev/null && mkdir -p .venv/debian && cd .venv/debian && \
-	  { apt-get download prometheus || { apt-get update && apt-get download prometheus; }; } >apt.log 2>&1 && \
-	  dpkg -x prometheus_*.deb . && cp usr/bin/prometheus usr/bin/promtool ../bin/; } || \
-	  echo "No Prometheus here: tests and chapters do without." >&2
+	@mkdir -p .venv/debian .venv/share/fonts; cd .venv/debian && { \
+	  command -v promtool >/dev/null || { $(call unpack,prometheus) && cp usr/bin/prometheus usr/bin/promtool ../bin/; } || \
+	  echo "No Prometheus here: tests and chapters do without." >&2; \
+	  { $(call unpack,fonts-noto-core) && cp usr/share/fonts/truetype/noto/NotoSansDevanagari-*.ttf \
+	    usr/share/fonts/truetype/noto/NotoSansMalayalam-*.ttf ../share/fonts/; } || \
+	  echo "No fonts here for Devanagari and Malayalam: figures in these scripts need the machine's own." >&2; }
 	@touch .venv/.tools
+
+unpack = { apt-get download $(1) || { apt-get update && apt-get download $(1); }; } >$(1).log 2>&1 && dpkg -x $(1)_*.deb .
+
+# Co-op Translator's review command, an outside eye on the translations. It asks for another openai than the course.
+.venv/.co-op: | .venv/.installed
+	"$(PYTHON)" -m venv .venv/co-op
+	.venv/co-op/bin/python -m pip install co-op-translator==0.23.2
+	@touch .venv/.co-op
 
 .venv/bin/python:
 	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null || { \

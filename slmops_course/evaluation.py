@@ -100,11 +100,12 @@ def macro_f1(expected: Sequence[str], found: Sequence[str]) -> float:
     """The mean over the expected labels of each label's F1; a label never found counts 0.
 
     Example: expected=["a", "a", "b"], found=["a", "b", "b"] -> (2/3 + 2/3) / 2 = 0.667
+    It is scikit-learn's f1_score with average="macro", a hundred times as fast; a test compares them. A bootstrap asks often.
     """
-    from sklearn.metrics import f1_score
-
-    labels = sorted(set(expected))
-    return float(f1_score(expected, found, labels=labels, average="macro", zero_division=0))
+    labels, codes = np.unique([*expected, *found], return_inverse=True)
+    wanted, given = np.split(codes, 2)
+    right, wanted, given = (np.bincount(some, minlength=len(labels)) for some in (wanted[wanted == given], wanted, given))
+    return float(np.mean((2 * right / np.maximum(wanted + given, 1))[wanted > 0]))
 
 
 def mean_score(hits: Sequence[bool], *, seed: int = 0) -> Score:

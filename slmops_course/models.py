@@ -4,6 +4,7 @@ Every source ends as the same thing: a folder in Hugging Face format with safete
 """
 
 import errno
+import logging
 import os
 import shutil
 import subprocess
@@ -14,8 +15,11 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from slmops_course import sources
 from slmops_course.artifacts import Artifact, Store, file_sha256
 from slmops_course.errors import CourseError
+
+log = logging.getLogger("slmops_course")
 
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -72,6 +76,11 @@ def get_model(store: Store, model: str = DEFAULT_MODEL) -> Artifact:
             "base-model",
             settings={"hub": model},
             write=lambda folder: _write_from_hub(model, folder),
+        )
+    if model.startswith(sources.FOUNDRY_PREFIX):
+        raise ModelError(
+            f"{model!r} is a model of the Foundry catalogue, compiled for running: expected weights to train on; run it with "
+            f"Foundry Local, and take {DEFAULT_MODEL!r} or a hub id here."
         )
     raise ModelError(
         f"There is no model {model!r}: expected {DEFAULT_MODEL!r}, a folder with config.json and safetensors weights, "
@@ -193,9 +202,12 @@ def _write_from_hub(model: str, folder: Path) -> dict:
     from huggingface_hub import snapshot_download
 
     try:
+        source = sources.describe_hub(model)
+        log.info("%s", source)
         snapshot_download(
-            model, local_dir=folder, allow_patterns=["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.txt"]
-        )
+            model, revision=source.revision, local_dir=folder,
+            allow_patterns=["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.txt"],
+        )  # fmt: skip
     except Exception as error:  # the hub's library raises many kinds: for a proxy, a name, a connection, a missing file
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -205,6 +217,7 @@ def _write_from_hub(model: str, folder: Path) -> dict:
         ) from error
     shutil.rmtree(folder / ".cache", ignore_errors=True)
     check_model_folder(folder)
+    sources.check_files(folder, source)
     return {}
 
 

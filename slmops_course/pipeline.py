@@ -7,6 +7,7 @@ it itself.
 import json
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,6 +16,7 @@ from pathlib import Path
 from slmops_course import (
     adapters,
     benchmark,
+    cells,
     evaluation,
     general,
     models,
@@ -64,6 +66,11 @@ class Course:
         self.store, self.model_name, self.profile_name = store, model, profile
         self.task = task or tasks.load_task()
         self.profile = PROFILES[profile]
+
+    @property
+    def folder(self) -> Path:
+        """The folder that the notebooks are in, with `deploy` and `clients`."""
+        return course_folder()
 
     def base(self) -> Artifact:
         """The base model, as a Hugging Face folder."""
@@ -404,14 +411,28 @@ def open_course(
 ) -> Course:
     """A course from a chapter's parameters. Rows of the task that cannot be used are in its `task.rejected`.
 
-    Progress bars are switched off, and so are the warnings that a notebook has no widgets to draw them with, and that
-    bitsandbytes, which PEFT imports, finds no faster kernel on a model hub.
+    `artifacts` is in the course's folder, see `course_folder`, unless it is an absolute path. In a notebook the cells that
+    follow speak the reader's language. Progress bars are switched off, and so are the warnings that a notebook has no
+    widgets to draw them with, and that bitsandbytes, which PEFT imports, finds no faster kernel on a model hub.
     """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.filterwarnings("ignore", message="IProgress not found")
-    store = Store(artifacts)
+    if "IPython" in sys.modules and (shell := sys.modules["IPython"].get_ipython()) is not None:
+        cells.speak(shell)
+    store = Store(course_folder() / artifacts)
     return Course(store, tasks.load_task(task, store=store), profile=profile, model=model)
+
+
+def course_folder(place: Path | None = None) -> Path:
+    """The nearest folder from a place upwards, by default the working folder, that holds the notebooks; else the place.
+
+    Example: course_folder(Path("/course/translations/hi/notebooks")) -> Path("/course")
+    """
+    place = (place or Path.cwd()).resolve()
+    parts = ("notebooks", "slmops_course")
+    found = (folder for folder in (place, *place.parents) if all((folder / part).is_dir() for part in parts))
+    return next(found, place)
 
 
 def few_shots(task: Task, count: int) -> list[tasks.Example]:

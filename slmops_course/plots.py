@@ -1,9 +1,15 @@
 """Figures with titles, units and colours that survive colour blindness. Each function returns a matplotlib figure.
 
+Titles, axis labels and alternative texts are shown in the reader's language where they have a translation; see language.py.
+
 Colours: Okabe, Ito, "Color Universal Design", 2008.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from slmops_course.language import ENGLISH, SCRIPT_FONTS, _, current
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
@@ -31,7 +37,7 @@ def plot_size_against_score(
         best = frontier(rows)
         values = [100 * row["scores"]["exact_match"]["value"] for row in best]
         sizes = [row["size_bytes"] / 1e6 for row in best]
-        axes.plot(sizes, values, color="#888888", linestyle="--", label="frontier", zorder=0)
+        axes.plot(sizes, values, color="#888888", linestyle="--", label=_("frontier"), zorder=0)
     axes.set_xscale("log")
     axes.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
@@ -109,9 +115,9 @@ def plot_reliability(calibration, *, title: str):
     Points on the diagonal are well calibrated; each carries the number of answers in its bin.
     """
     figure, axes = new_figure(title, "how sure the model was (%)", "how often it was right (%)", size=(5.5, 5))
-    axes.plot([0, 100], [0, 100], color="#888888", linestyle="--", label="as often right as sure")
+    axes.plot([0, 100], [0, 100], color="#888888", linestyle="--", label=_("as often right as sure"))
     sure, right = ([100 * getattr(b, name) for b in calibration.bins] for name in ("confidence", "accuracy"))
-    axes.plot(sure, right, color=COLOURS[0], marker="o", label="this model")
+    axes.plot(sure, right, color=COLOURS[0], marker="o", label=_("this model"))
     for x, y, one in zip(sure, right, calibration.bins, strict=True):
         axes.annotate(f"{one.count:,}", (x, y), textcoords="offset points", xytext=(6, -12), fontsize=8)
     axes.set(xlim=(0, 104), ylim=(0, 104))
@@ -125,9 +131,33 @@ def new_figure(title: str, xlabel: str, ylabel: str, *, size: tuple[float, float
 
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
-    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    axes.set(title=_(title), xlabel=_(xlabel), ylabel=_(ylabel))
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def font_families(folder: Path | None = None) -> set[str]:
+    """The font families that there are for figures: the machine's, and those that `make course` put into the environment."""
+    from matplotlib import font_manager
+
+    known = {entry.fname for entry in font_manager.fontManager.ttflist}
+    for path in sorted((folder or Path(sys.prefix) / "share" / "fonts").glob("*.ttf")):
+        if str(path) not in known:
+            font_manager.fontManager.addfont(path)
+    return set(font_manager.get_font_names())
+
+
+def use_fonts(figure) -> None:
+    """Let a figure's texts fall back on fonts of the course's other scripts, as far as this machine has them."""
+    if current() == ENGLISH:
+        return
+    from matplotlib import rcParams
+    from matplotlib.text import Text
+
+    installed = font_families()
+    families = [name for fonts in SCRIPT_FONTS.values() for name in sorted(fonts & installed)]
+    for text in figure.findobj(Text):
+        text.set_fontfamily([*rcParams["font.family"], *families])
 
 
 def image_html(figure, alternative_text: str) -> str:
@@ -136,10 +166,11 @@ def image_html(figure, alternative_text: str) -> str:
     import html
     import io
 
+    use_fonts(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{html.escape(alternative_text, quote=True)}" src="data:image/png;base64,{data}">'
+    return f'<img alt="{html.escape(_(alternative_text), quote=True)}" src="data:image/png;base64,{data}">'
 
 
 def show(figure, alternative_text: str) -> None:

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
+from slmops_course.language import _, marked
+
 COLUMNS = (
-    ("name", 22), ("exact match [95 %]", 22), ("JSON", 6), ("out of scope", 13), ("size MB", 8), ("memory MB", 10),
-    ("first token ms", 15), ("tokens/s", 9), ("message ms", 10),
+    (marked("name"), 22), (marked("exact match [95 %]"), 22), ("JSON", 6), (marked("out of scope"), 13), (marked("size MB"), 8),
+    (marked("memory MB"), 10), (marked("first token ms"), 15), (marked("tokens/s"), 9), (marked("message ms"), 10),
 )  # fmt: skip
 
 
@@ -36,8 +38,8 @@ def table_rows(rows: Sequence[dict]) -> list[list[str]]:
 
 def format_scoreboard(rows: Sequence[dict], *, header: bool = True) -> str:
     """The scoreboard for a terminal."""
-    lines = [[title for title, _ in COLUMNS]] * header + table_rows(rows)
-    widths = [width for _, width in COLUMNS]
+    lines = [[title for title, width in COLUMNS]] * header + table_rows(rows)
+    widths = [width for title, width in COLUMNS]
     return "\n".join(
         "".join(
             cell.ljust(width + 1) if number == 0 else cell.rjust(width + 1)
@@ -48,15 +50,15 @@ def format_scoreboard(rows: Sequence[dict], *, header: bool = True) -> str:
 
 
 def scoreboard_frame(rows: Sequence[dict]):
-    """The scoreboard as a pandas DataFrame of texts, for a notebook."""
+    """The scoreboard as a pandas DataFrame of texts, for a notebook, its columns named in the reader's language."""
     import pandas
 
-    return pandas.DataFrame(table_rows(rows), columns=[title for title, _ in COLUMNS]).set_index("name")
+    return pandas.DataFrame(table_rows(rows), columns=[_(title) for title, width in COLUMNS]).set_index(_("name"))
 
 
 def markdown_scoreboard(rows: Sequence[dict]) -> str:
     """The scoreboard as a Markdown table, for the README."""
-    lines = [[title for title, _ in COLUMNS], ["---"] + ["---:"] * (len(COLUMNS) - 1), *table_rows(rows)]
+    lines = [[title for title, width in COLUMNS], ["---"] + ["---:"] * (len(COLUMNS) - 1), *table_rows(rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -64,7 +66,7 @@ def write_report(build: Path, course, rows: Sequence[dict]) -> Path:
     """Write `report.html` under the build folder, and each executed chapter as a page beside it; returns its path."""
     links = "".join(f'<li><a href="chapters/{page.name}">{page.stem}</a></li>' for page in _chapter_pages(build))
     body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in line) + "</tr>" for line in table_rows(rows))
-    head = "".join(f"<th>{html.escape(title)}</th>" for title, _ in COLUMNS)
+    head = "".join(f"<th>{html.escape(_(title))}</th>" for title, width in COLUMNS)
     figure = scoreboard_svg(rows)
     page = _PAGE.format(
         task=html.escape(course.task.name), profile=course.profile_name, day=date.today().isoformat(),
@@ -82,10 +84,12 @@ def scoreboard_svg(rows: Sequence[dict]) -> str:
     """Score against size for every model, as SVG text."""
     import io
 
-    from slmops_course.plots import plot_size_against_score
+    from slmops_course.plots import plot_size_against_score, use_fonts
 
     buffer = io.StringIO()
-    plot_size_against_score(rows).savefig(buffer, format="svg", bbox_inches="tight")
+    figure = plot_size_against_score(rows)
+    use_fonts(figure)
+    figure.savefig(buffer, format="svg", bbox_inches="tight")
     return buffer.getvalue().partition("<svg")[1] + buffer.getvalue().partition("<svg")[2]
 
 

@@ -10,12 +10,13 @@ from fractions import Fraction
 from functools import cache
 
 from slmops_course.errors import CourseError
+from slmops_course.language import _, marked
 from slmops_course.tasks import MAX_MESSAGE_CHARS, Example, Task
 from slmops_course.teachers import shingles
 
 PLACES = ("train", "unlabelled", "dev", "test")  # splits that are learned from, then those that are judged on
 JUDGED = ("dev", "test")
-SEVERITIES = ("stop", "look", "fine")
+SEVERITIES = (marked("stop"), marked("look"), marked("fine"))
 NEAR = 0.6  # the share of shingles from which two messages count as near duplicates
 # Above this share of a split's rows a finding is not "look" but "stop"; 0: one row is too many.
 STOP_ABOVE = {"rejected": 0.05, "empty": 0.0, "length": 0.05, "script": 0.1, "duplicates": 0.1, "leakage": 0.05}
@@ -80,14 +81,14 @@ class Report:
 
     def text(self) -> str:
         """The report as aligned plain text, the same every time. Of what is fine, only the check and the place."""
-        head = f"{self.task}: " + ", ".join(f"{len(self.of(severity))} {severity}" for severity in SEVERITIES)
+        head = f"{self.task}: " + ", ".join(f"{len(self.of(severity))} {_(severity)}" for severity in SEVERITIES)
         lines = [head, "", *_aligned(_split_cells(self.splits)), "", *_aligned(_label_cells(self.splits)), ""]
         worse = (*self.of("stop"), *self.of("look"))
-        told = [f"{one.severity}  {one.check}, {one.where}: {one.sentence}{_first_rows(one)}" for one in worse]
+        told = [f"{_(one.severity)}  {one.check}, {one.where}: {one.sentence}{_first_rows(one)}" for one in worse]
         fine = defaultdict(list)
         for finding in self.of("fine"):
             fine[finding.check].append(finding.where)
-        told += [f"fine  {check}: {', '.join(places)}" for check, places in fine.items()]
+        told += [f"{_('fine')}  {check}: {', '.join(places)}" for check, places in fine.items()]
         return "\n".join(lines + [textwrap.fill(one, 120, subsequent_indent=" " * 6, break_on_hyphens=False) for one in told])
 
 
@@ -304,7 +305,7 @@ def _twin_findings(task: Task) -> Iterable[Finding]:
 def _twins(task: Task) -> dict[tuple[str, str], list[Twin]]:
     rows = [(split, example) for split in PLACES for example in task.splits[split]]
     places = defaultdict(list)
-    for i, j, share in similar_pairs([example.text for _, example in rows]):
+    for i, j, share in similar_pairs([example.text for place, example in rows]):
         (earlier, first), (later, second) = rows[i], rows[j]
         contradicts = bool(first.answer and second.answer) and dict(first.answer) != dict(second.answer)
         twin = Twin(second.id, first.id, share, _plain(first.text) == _plain(second.text), contradicts)
@@ -367,7 +368,7 @@ def _first_rows(finding: Finding, most: int = 3) -> str:
 
 
 def _split_cells(splits: Sequence[SplitFacts]) -> Iterable[list[str]]:
-    yield ["split", "messages", "characters 50/95/100 %", "tokens 50/95/100 %", "scripts (share of letters)"]
+    yield [_("split"), _("messages"), _("characters 50/95/100 %"), _("tokens 50/95/100 %"), _("scripts (share of letters)")]
     for fact in splits:
         lengths = ["/".join(map(str, three)) if three else "-" for three in (fact.chars, fact.tokens)]
         scripts = ", ".join(f"{script.title()} {share:.1%}" for script, share in fact.scripts.items())
@@ -375,7 +376,7 @@ def _split_cells(splits: Sequence[SplitFacts]) -> Iterable[list[str]]:
 
 
 def _label_cells(splits: Sequence[SplitFacts]) -> Iterable[list[str]]:
-    yield ["field", "split", "values", "commonest", "rarest", "evenness"]
+    yield [_("field"), _("split"), _("values"), _("commonest"), _("rarest"), _("evenness")]
     for fact in splits:
         for field, counts in fact.labels.items():
             seen = [f"{value} {count:,}" for value, count in counts.items() if count]

@@ -11,7 +11,7 @@ def slmops(*arguments, folder=None):
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300)
 
 
-@pytest.mark.parametrize("command", ["doctor", "run", "chapters", "report", "registry", "serve"])
+@pytest.mark.parametrize("command", ["doctor", "run", "chapters", "report", "registry", "serve", "cloud", "site", "translate"])
 def test_every_command_explains_itself(command):
     done = slmops(command, "--help")
     assert done.returncode == 0

@@ -17,6 +17,7 @@ from slmops_course.chat import TorchChatModel
 from slmops_course.evaluation import judge
 from slmops_course.operations.alerts import find_program
 from slmops_course.operations.drift import DriftMonitor, make_reference
+from slmops_course.operations.gateway import LIMITS, Gateway
 from slmops_course.operations.monitoring import Metrics, MonitoredChatModel, answer_confidence, serve_metrics
 from slmops_course.tasks import Example
 
@@ -54,6 +55,7 @@ def live(tiny_task, tiny_model_folder) -> str:
         served.generate(conversations, max_new_tokens=4)
         with pytest.raises(ValueError, match="max_new_tokens"):
             served.generate(conversations[:1], max_new_tokens=-1)
+        Gateway("http://127.0.0.1:9/v1", tiny_task, metrics, limits=LIMITS)  # it has two figures of its own
         with urllib.request.urlopen(server.url, timeout=10) as reading:
             return reading.read().decode("utf-8")
 

@@ -1,5 +1,6 @@
 """Metrics: each has a case known right, one known wrong, and an empty one."""
 
+import numpy as np
 import pytest
 
 from slmops_course import evaluation
@@ -44,6 +45,20 @@ def test_nothing_to_score_is_refused(tiny_task):
 
 def test_macro_f1_of_a_case_done_by_hand():
     assert macro_f1(["a", "a", "b"], ["a", "b", "b"]) == pytest.approx(2 / 3)
+
+
+def test_macro_f1_leaves_out_labels_that_nobody_expected():
+    assert macro_f1(["a", "a"], ["a", "b"]) == pytest.approx(2 / 3)
+
+
+def test_macro_f1_is_scikit_learns():
+    from sklearn.metrics import f1_score
+
+    rng = np.random.default_rng(0)
+    for size in (1, 7, 300):
+        expected, found = (rng.choice(list("abcdefg"), size).tolist() for _ in range(2))
+        reference = f1_score(expected, found, labels=sorted(set(expected)), average="macro", zero_division=0)
+        assert macro_f1(expected, found) == pytest.approx(reference)
 
 
 def test_macro_f1_counts_a_label_that_is_never_found_as_zero():

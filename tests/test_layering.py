@@ -10,25 +10,29 @@ PACKAGE = Path(__file__).parent.parent / "slmops_course"
 
 # From the first stage to what joins them. A module may import those above it.
 ORDER = (
-    "errors", "sampling", "network", "artifacts", "models", "chat", "tasks", "training", "losses", "evaluation",
-    "textmetrics", "teachers", "endpoints", "rehearsal", "validation", "filters", "general", "students", "adapters", "heads",
-    "olive", "optimize",
-    "sensitivity",
-    "serving", "switching", "benchmark", "sizing", "tuning", "profiles", "pipeline", "plots", "report",
-    "doctor", "operations", "operations.gate", "operations.bundles", "operations.lineage", "operations.versions",
-    "operations.book", "operations.registry", "operations.monitoring", "operations.drift", "operations.alerts",
-    "operations.masking", "operations.feedback", "operations.retraining", "operations.release", "operations.requests",
-    "operations.streams", "operations.upstream", "operations.gateway", "operations.served", "operations.overhead", "faults",
-    "faults.course", "faults.stages", "faults.stores", "faults.clients", "faults.storms", "soak", "operations.offers",
-    "operations.publisher", "operations.updates", "operations.attacks", "operations.rollout", "operations.fleet",
-    "operations.loop", "experiments.students", "experiments.labelling", "experiments.methods", "experiments.desks",
-    "experiments.formats", "experiments.speed", "experiments", "runtimes.worker", "runtimes.environments",
-    "runtimes.llama_cpp", "runtimes.mlx", "runtimes.executorch", "runtimes.litert", "runtimes", "runtimes.comparison",
-    "authoring.execute", "authoring", "cli",
+    "errors", "language", "cells", "sampling", "network", "artifacts", "sources", "models", "chat", "tasks", "training",
+    "losses", "evaluation", "textmetrics", "teachers", "endpoints", "rehearsal", "validation", "filters", "general",
+    "students", "parallel", "adapters", "heads", "olive", "optimize", "sensitivity", "serving", "switching", "benchmark",
+    "sizing", "tuning", "profiles", "pipeline", "plots", "report", "doctor", "operations", "operations.gate",
+    "operations.bundles", "operations.lineage", "operations.versions", "operations.book", "operations.registry",
+    "operations.monitoring", "operations.drift", "operations.alerts", "operations.masking", "operations.feedback",
+    "operations.retraining", "operations.release", "operations.requests", "operations.streams", "operations.upstream",
+    "operations.gateway", "operations.served", "operations.overhead", "faults", "faults.course", "faults.stages",
+    "faults.stores", "faults.clients", "faults.storms", "soak", "operations.offers", "operations.publisher",
+    "operations.updates", "operations.attacks", "operations.rollout", "operations.fleet", "operations.loop", "cloud",
+    "cloud.definition", "cloud.steps", "cloud.labelling", "cloud.entry", "cloud.checks", "cloud.environment", "cloud.local",
+    "cloud.cost", "cloud.submit", "cloud.managed", "cloud.scoring", "cloud.toy", "cloud.commands", "experiments.students",
+    "experiments.labelling", "experiments.methods", "experiments.desks", "experiments.formats", "experiments.speed",
+    "experiments", "runtimes.worker", "runtimes.environments", "runtimes.llama_cpp", "runtimes.mlx", "runtimes.executorch",
+    "runtimes.litert", "runtimes", "runtimes.comparison", "authoring.execute", "authoring.translate",
+    "authoring.translate.languages", "authoring.translate.markup", "authoring.translate.documents",
+    "authoring.translate.catalogs", "authoring.translate.render", "authoring.translate.programs", "authoring.translate.coop",
+    "authoring.translate.glossary", "authoring.translate.checks", "authoring.translate.pages", "authoring.translate.commands",
+    "authoring.site", "authoring", "cli",
 )  # fmt: skip
 HEAVY = {
     "torch", "transformers", "onnxruntime_genai", "matplotlib", "pandas", "olive", "mlflow", "sqlalchemy", "tuf", "simpy",
-    "uvicorn", "starlette",
+    "uvicorn", "starlette", "azure",
 }  # fmt: skip
 
 

@@ -334,12 +334,15 @@ def hub(tmp_path, tiny_model_folder):
     folder = tmp_path / "on the hub"
     shutil.copytree(tiny_model_folder, folder)
     commit = "0123456789" * 4
+    size_bytes = (folder / "model.safetensors").stat().st_size
+    lfs = {"sha256": file_sha256(folder / "model.safetensors"), "size": size_bytes, "pointerSize": 134}
 
     def answer(request, with_body=True):
         name = request.path.removeprefix(f"/somebody/some-model/resolve/{commit}/")
         files = {path.name: path.read_bytes() for path in folder.iterdir()}
-        if request.path == "/api/models/somebody/some-model/revision/main":
-            body = json.dumps({"id": "somebody/some-model", "sha": commit}).encode()
+        if request.path.partition("?")[0] in [f"/api/models/somebody/some-model/revision/{name}" for name in ("main", commit)]:
+            named = {"rfilename": "model.safetensors", "size": size_bytes, "lfs": lfs}
+            body = json.dumps({"id": "somebody/some-model", "sha": commit, "siblings": [named]}).encode()
         elif request.path.startswith(f"/api/models/somebody/some-model/tree/{commit}"):
             tree = [{"type": "file", "path": name, "size": len(data), "oid": name} for name, data in files.items()]
             body = json.dumps(tree).encode()
@@ -375,6 +378,18 @@ def test_a_model_on_a_hub_becomes_an_artifact_without_what_is_not_its_own(tmp_pa
     assert ask_the_hub(tmp_path / "store", url) == ""
     (path,) = (tmp_path / "store").glob("base-model*")
     assert {p.name for p in path.iterdir()} == {p.name for p in tiny_model_folder.iterdir()} | {"manifest.json"}
+
+
+def test_weights_that_are_not_what_the_hub_names_are_refused(tmp_path, hub):
+    url, folder = hub
+    with open(folder / "model.safetensors", "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    said = ask_the_hub(tmp_path / "store", url)
+    assert said.startswith("SourceError model.safetensors of somebody/some-model has the hash ")
+    assert not list((tmp_path / "store").glob("base-model*"))
 
 
 def test_a_model_on_a_hub_without_safetensors_is_refused(tmp_path, hub):

@@ -134,3 +134,35 @@ def test_nbval_runs_the_chapter_and_finds_its_marked_outputs(name):
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
+
+
+def test_translated_chapters_are_executed_and_never_saved(tmp_path):
+    command = [sys.executable, "-m", "slmops_course.cli", "--build", str(tmp_path), "--lang", "hi", "chapters", "--save"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    assert "translations/hi/notebooks is rendered: expected --save for English only" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+LANGUAGES = sorted(path.parent.name for path in (ROOT / "translations").glob("*/language.toml"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHAPTERS)
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_translated_chapter_runs_and_prints_what_its_marked_cells_hold(language, name, tmp_path):
+    """After the English ones, so that all artifacts are there."""
+    rendered = ROOT / "translations" / language / "notebooks" / f"{name}.ipynb"
+    execute_chapter(rendered, tmp_path / rendered.name)
+    kept, ran = (nbformat.read(path, as_version=4) for path in (rendered, tmp_path / rendered.name))
+    after = {cell.id: cell for cell in ran.cells}
+    marked = [cell for cell in code_cells(kept) if "NBVAL_CHECK_OUTPUT" in cell.source]
+    assert len(marked) >= 3
+    for cell in marked:
+        assert texts_of(after[cell.id]) == texts_of(cell), cell.id
+
+
+def texts_of(cell) -> str:
+    """What a cell prints and shows as plain text, as nbval compares it."""
+    outputs = (out.get("text", "") or out.get("data", {}).get("text/plain", "") for out in cell.outputs)
+    return "".join(outputs)

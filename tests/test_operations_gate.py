@@ -1,6 +1,7 @@
 """The release gate says no to each thing that it judges, and yes only when nothing is left to say."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +18,9 @@ from slmops_course.operations.gate import (
     Limits,
     check_release,
     load_must_pass,
+    must_pass_messages,
 )
+from slmops_course.tasks import load_task
 
 INTENTS = ("card_lost", "refund_missing", "out_of_scope")
 LIMITS = Limits(min_must_pass=0)
@@ -167,12 +170,27 @@ def test_every_must_pass_message_must_be_answered_exactly(tiny_task):
 
 
 def test_a_gate_without_must_pass_messages_is_refused_unless_the_limits_ask_for_none(tiny_task):
-    with pytest.raises(GateError, match=r"asked 0 must-pass messages: expected at least 1; ask it those of load_must_pass"):
+    with pytest.raises(GateError, match=r"asked 0 must-pass messages: expected at least 1; ask it those of must_pass_messages"):
         check_release(tiny_task, evidence())
 
 
 def test_must_pass_messages_are_read_as_a_split_is(tiny_task, tiny_task_folder):
     assert load_must_pass(tiny_task_folder / "test.jsonl", tiny_task) == tiny_task.splits["test"]
+
+
+def test_a_task_without_a_file_lends_one_dev_message_of_each_label_and_one_with_a_file_is_read(tiny_task, tmp_path):
+    lent = must_pass_messages(tiny_task)
+    assert {example.answer["intent"] for example in lent} == {e.answer["intent"] for e in tiny_task.splits["dev"]}
+    assert len(lent) == len({example.answer["intent"] for example in lent}) <= 5
+    assert all(example in tiny_task.splits["dev"] for example in lent)
+    clinic = must_pass_messages(load_task("clinic"))
+    assert len(clinic) == len({example.answer["intent"] for example in clinic}) == 5
+    folder = shutil.copytree(tiny_task.folder, tmp_path / "desk")
+    shutil.copy(folder / "test.jsonl", folder / "must_pass.jsonl")
+    assert [e.text for e in must_pass_messages(load_task(folder))] == [e.text for e in tiny_task.splits["test"]]
+    (folder / "must_pass.jsonl").write_text("", "utf-8")
+    with pytest.raises(GateError, match="no must-pass message in"):
+        must_pass_messages(load_task(folder))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from slmops_course.artifacts import Store, check_artifact
 from slmops_course.errors import CourseError
 from slmops_course.general import load_questions
-from slmops_course.pipeline import Course, few_shots, open_course
+from slmops_course.pipeline import Course, course_folder, few_shots, open_course
 from slmops_course.profiles import PROFILES
 from slmops_course.students import StudentShape
 from slmops_course.teachers import load_labelled
@@ -202,6 +202,22 @@ def test_an_unknown_model_or_profile_is_refused_in_a_sentence(course, tiny_task)
 def test_few_shots_show_different_labels(tiny_task):
     shots = few_shots(tiny_task, 3)
     assert len({shot.answer["intent"] for shot in shots}) == 3
+
+
+def test_the_courses_folder_is_found_from_wherever_a_notebook_lies(tmp_path):
+    for folder in ("notebooks", "slmops_course", "translations/hi/notebooks", "elsewhere/notebooks"):
+        (tmp_path / folder).mkdir(parents=True)
+    for place in (".", "notebooks", "translations/hi/notebooks", "elsewhere/notebooks"):
+        assert course_folder(tmp_path / place) == tmp_path
+    assert course_folder(tmp_path.parent) == tmp_path.parent, "where there is no course, the place itself"
+    for folder in ("copy/notebooks", "copy/slmops_course"):
+        (tmp_path / folder).mkdir(parents=True)
+    assert course_folder(tmp_path / "copy") == tmp_path / "copy", "the nearest, not one around it"
+
+
+def test_open_course_keeps_artifacts_in_the_courses_folder_and_an_absolute_path_as_it_is(tmp_path):
+    assert open_course("some/artifacts").store.root == course_folder() / "some" / "artifacts"
+    assert open_course(tmp_path / "artifacts").store.root == tmp_path / "artifacts"
 
 
 def test_open_course_reads_the_bundled_task_and_both_profiles(tmp_path):

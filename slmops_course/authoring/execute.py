@@ -11,9 +11,11 @@ from papermill.exceptions import PapermillExecutionError
 
 from slmops_course.benchmark import MemoryWatch
 from slmops_course.errors import CourseError
+from slmops_course.language import ENGLISH, current
 
 CHAPTERS = ("01_introduction", "02_distillation", "03_fine_tuning", "04_foundry_local")
 NOTEBOOKS = Path("notebooks")
+TRANSLATIONS = Path("translations")
 
 
 class ChapterError(CourseError):
@@ -84,29 +86,38 @@ def execute_chapter(path: Path, output: Path, *, parameters: dict | None = None)
 
 
 def execute_chapters(names: list[str], build: Path, *, parameters: dict, save: bool = False) -> None:
-    """Execute chapters, print what each took, and keep the figures in `benchmark.json` under `build`."""
+    """Execute chapters, print what each took, and keep the figures in `benchmark.json` under `build`.
+
+    In another language than English they are the translated ones, executed into a folder of their language; only English ones
+    can be saved, because the translated ones are rendered.
+    """
     unknown = [name for name in names if name not in CHAPTERS]
     if unknown:
         raise ChapterError(f"There is no chapter {unknown[0]!r}: expected one of {', '.join(CHAPTERS)}.")
+    language = current()
+    folder = NOTEBOOKS if language == ENGLISH else TRANSLATIONS / language / NOTEBOOKS
+    if save and language != ENGLISH:
+        raise ChapterError(f"{folder} is rendered: expected --save for English only; see `slmops translate render --executed`.")
+    out = build / "chapters" / ("" if language == ENGLISH else language)
     for name in names or CHAPTERS:
-        check_parameters(NOTEBOOKS / f"{name}.ipynb", parameters)
+        check_parameters(folder / f"{name}.ipynb", parameters)
     figures = {}
     for name in names or CHAPTERS:
         print(f"{name}", flush=True)
-        output = build / "chapters" / f"{name}.ipynb"
-        figures[name] = execute_chapter(NOTEBOOKS / f"{name}.ipynb", output, parameters=parameters)
+        figures[name] = execute_chapter(folder / f"{name}.ipynb", out / f"{name}.ipynb", parameters=parameters)
         print(
             f"    done in {figures[name]['duration_s']:.0f} s, peak memory {figures[name]['peak_bytes'] / 1e9:.2f} GB",
             flush=True,
         )
         if save:
-            nbformat.write(clean(nbformat.read(output, as_version=4)), NOTEBOOKS / f"{name}.ipynb")
+            nbformat.write(clean(nbformat.read(out / f"{name}.ipynb", as_version=4)), folder / f"{name}.ipynb")
     total = sum(figure["duration_s"] for figure in figures.values())
     peak = max(figure["peak_bytes"] for figure in figures.values())
     print(f"all chapters: {total / 60:.1f} minutes, peak memory {peak / 1e9:.2f} GB", flush=True)
-    path = build / "benchmark.json"
-    earlier = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    path.write_text(json.dumps(earlier | figures, indent=1, sort_keys=True), "utf-8")
+    if language == ENGLISH:
+        path = build / "benchmark.json"
+        earlier = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        path.write_text(json.dumps(earlier | figures, indent=1, sort_keys=True), "utf-8")
 
 
 def clean(notebook):

@@ -17,6 +17,7 @@ from slmops_course import tasks, training, tuning
 from slmops_course.doctor import count_cores, probe_cpu_features
 from slmops_course.errors import CourseError
 from slmops_course.evaluation import Score
+from slmops_course.language import _
 
 KEPT = tasks.DATA_FOLDER / "experiments"
 # Where each experiment's function is, in a module of this folder.
@@ -68,13 +69,17 @@ class Record:
 
     def __str__(self):
         """One sentence for a reader: where the figures come from."""
-        what = f"{self.task}, {self.model}, {self.machine}, seed {self.seed}, {self.duration_s / 60:.0f} minutes"
-        if not self.kept:
-            return f"Measured with the profile {self.profile} on {self.date} ({what})."
-        return (
-            f"The fast profile skips this experiment. Its figures were measured on {self.date} ({what}); "
-            f"`slmops experiment {self.name}` measures them again."
+        what = _("{task}, {model}, {machine}, seed {seed}, {minutes:.0f} minutes").format(
+            task=self.task, model=self.model, machine=self.machine, seed=self.seed, minutes=self.duration_s / 60
         )
+        if not self.kept:
+            sentence = _("Measured with the profile {profile} on {date} ({what}).")
+        else:
+            sentence = _(
+                "The fast profile skips this experiment. Its figures were measured on {date} ({what}); "
+                "`slmops experiment {name}` measures them again."
+            )
+        return sentence.format(profile=self.profile, date=self.date, what=what, name=self.name)
 
 
 def show(course, name: str) -> Record:

@@ -13,6 +13,7 @@ from slmops_course.errors import CourseError
 from slmops_course.evaluation import Outcome, mean_score, paired_difference
 from slmops_course.tasks import Example, Task, read_rows
 
+MUST_PASS = "must_pass.jsonl"  # in the task's folder
 NAMED_MESSAGES = 3  # of those that failed; the others are counted
 
 
@@ -180,6 +181,21 @@ def check_release(
     )  # fmt: skip
 
 
+def must_pass_messages(task: Task) -> tuple[Example, ...]:
+    """A task's must-pass messages: those of `must_pass.jsonl` in its folder. A task without that file lends the first dev
+    message of each of its first five labels.
+
+    Raises GateError for a file that is empty or has a line that cannot be used.
+    """
+    path = task.folder / MUST_PASS
+    if path.is_file():
+        return load_must_pass(path, task)
+    first = {}
+    for example in task.splits["dev"]:
+        first.setdefault(example.answer[task.label_field], example)
+    return tuple(first.values())[:5]
+
+
 def load_must_pass(path: Path, task: Task) -> tuple[Example, ...]:
     """The must-pass messages of a JSON-lines file, in the form of a task's splits: an id, a text and its answer.
 
@@ -199,7 +215,7 @@ def _refuse_missing(candidate: Evidence, limits: Limits) -> None:
     if len(candidate.must_pass) < limits.min_must_pass:
         raise GateError(
             f"{candidate.name} was asked {len(candidate.must_pass)} must-pass messages: expected at least "
-            f"{limits.min_must_pass}; ask it those of load_must_pass."
+            f"{limits.min_must_pass}; ask it those of must_pass_messages."
         )
     for name in ("latency_s", "memory_bytes", "size_bytes"):
         limit, found = getattr(limits, f"max_{name}"), getattr(candidate, name)

@@ -1,7 +1,7 @@
 """What the gateway costs: the same questions to the service and through the gateway, in turns.
 
     with ServedApart(folder, task) as served:
-        overhead = measure_overhead(served, conversations, requests=60)
+        overhead = measure_overhead(served, conversations, requests=200)
     print(overhead)
 
 `course_overhead(course)` does so with the course's served model, once.
@@ -52,7 +52,7 @@ class Overhead:
         return "\n".join([f"{self.requests} requests each way", *(f"{name}: {getattr(self, name)}" for name in names)])
 
 
-def course_overhead(course, *, requests: int = 60) -> Overhead:
+def course_overhead(course, *, requests: int = 200) -> Overhead:
     """The gateway's cost with the course's served model on the dev messages, kept as an artifact: it is measured once.
 
     Raises as measure_overhead does.
@@ -80,7 +80,7 @@ def _read_overhead(kept: Mapping) -> Overhead:
 
 
 def measure_overhead(
-    served: Served | ServedApart, conversations: Sequence[Conversation], *, requests: int = 60,
+    served: Served | ServedApart, conversations: Sequence[Conversation], *, requests: int = 200,
     max_new_tokens: int = MAX_NEW_TOKENS, seed: int = 0,
 ) -> Overhead:  # fmt: skip
     """Ask each conversation of both in turns, the first of a pair now the one and now the other.

@@ -5,22 +5,19 @@ from pathlib import Path
 
 from slmops_course import benchmark, evaluation, optimize, tasks
 from slmops_course.operations.bundles import bundle_digest, bundle_files
-from slmops_course.operations.gate import DEVICES, Evidence, GateError, check_release, load_must_pass
+from slmops_course.operations.gate import DEVICES, Evidence, GateError, check_release, must_pass_messages
 from slmops_course.operations.lineage import lineage_of
 from slmops_course.operations.registry import Registry
 from slmops_course.operations.versions import PRODUCTION, Version
-
-MUST_PASS = "must_pass.jsonl"  # in the task's folder
 
 
 def gather_evidence(course, folder: Path, name: str) -> Evidence:
     """What an ONNX model's folder makes of the test and must-pass messages, and its speed and memory on this machine.
 
-    It is measured once for the same files, and what the scoreboard measured of them already is taken from there. Raises
-    GateError when the task has no must-pass messages.
+    It is measured once for the same files, and what the scoreboard measured of them already is taken from there.
     """
     task, contender = course.task, _contender_of(course, folder)
-    must_pass = load_must_pass(task.folder / MUST_PASS, task)
+    must_pass = must_pass_messages(task)
     test = task.splits["test"][: course.profile.test_messages]
     timed = task.splits["dev"][: course.profile.speed_messages]
 
@@ -36,8 +33,11 @@ def gather_evidence(course, folder: Path, name: str) -> Evidence:
 
     files = bundle_files(folder)
     artifact = course.store.build(
-        "evidence", settings={"files": files, "messages": len(test), "timed": len(timed)},
-        inputs={**tasks.task_inputs(course.task), "must_pass": task.folder / MUST_PASS}, write=write,
+        "evidence", write=write, inputs=tasks.task_inputs(course.task),
+        settings={
+            "files": files, "messages": len(test), "timed": len(timed),
+            "must_pass": [[example.text, task.target(example.answer)] for example in must_pass],
+        },
         code=(gather_evidence, evaluation.judge, benchmark.time_replies, benchmark.CHAT_MODELS["genai"]),
     )  # fmt: skip
     outcomes = {
